@@ -1,0 +1,1 @@
+"""From files to micro-batches: read, chat, tokenise, pack, check."""

@@ -1,0 +1,76 @@
+"""What passes between the steps of the data room: rows, examples, micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row came from: the file (or Hub id) and its place, counted from 1 (a line, or a row of a table)."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row in the one form everything is turned into.
+
+    A conversation has `messages` (OpenAI's form: role, content, maybe tool_calls) and maybe `tools`; raw text has `text`
+    and no messages. A `prompt` trained only after its end is a conversation of one user and one assistant turn, or, for
+    prompt/completion rows of plain strings, `text` with `trained_from` (a character offset).
+    """
+
+    origin: Origin
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    text: str | None = None
+    trained_from: int = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised example. `trained[i]` says whether token i is one the model learns to produce."""
+
+    origin: Origin
+    input_ids: list[int]
+    trained: list[bool]
+
+
+@dataclass
+class MicroBatch:
+    """Examples laid end to end in one row of T tokens; none sees another.
+
+    input_ids, position_ids, targets: int64 [1, T]. Positions start at 0 in every example. `targets[0, t]` is the token
+    to predict at t (already shifted by one) or -100. cu_seqlens: int32 [examples + 1], where each example starts, and
+    T last. `longest` is the longest example. `examples` are indices into the corpus.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
+    longest: int
+    examples: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the row."""
+        return int(self.input_ids.shape[1])
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that count in the loss."""
+        return int((self.targets != -100).sum())
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch on `device`."""
+        move = {name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "targets", "cu_seqlens")}
+        return MicroBatch(**move, longest=self.longest, examples=self.examples)

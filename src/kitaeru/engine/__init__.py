@@ -1,0 +1,1 @@
+"""Build, the loop, optimizers, schedules, checkpoints."""

@@ -1,0 +1,204 @@
+"""What happens during a run, as plain data: one JSON object a line in `events.jsonl`.
+
+The engine emits events; listeners (live view, trackers, the report) see them and cannot steer. Times are seconds since
+the epoch, sizes are bytes, lengths are tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """The base of all events; `kind` names the class in JSON."""
+
+    kind: ClassVar[str]
+    time: float = field(default_factory=time.time)
+
+    def to_json(self) -> str:
+        """One line of `events.jsonl`."""
+        return json.dumps({"kind": self.kind, **asdict(self)}, ensure_ascii=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """Training is about to begin (or to go on, when `resumed_step` > 0: step events after it are void)."""
+
+    kind: ClassVar[str] = "run_started"
+    run: str
+    model: str
+    method: str
+    strategy: str
+    device: str
+    max_steps: int
+    resumed_step: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReady(Event):
+    """What was read: examples, tokens, share of tokens that are trained, and what was left out and why."""
+
+    kind: ClassVar[str] = "data_ready"
+    split: str
+    examples: int
+    tokens: int
+    trained_tokens: int
+    longest: int
+    characters: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    length_histogram: dict[str, int] = field(default_factory=dict)
+    cached: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Event):
+    """One optimizer step. `loss` is the mean over the trained tokens of the whole global batch, in nats."""
+
+    kind: ClassVar[str] = "step"
+    step: int
+    loss: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    learning_rate: float
+    grad_norm: float
+    peak_bytes: int
+    epoch: float
+    seconds: float
+    skipped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Event):
+    """The validation loss after `step` steps (0 = before training)."""
+
+    kind: ClassVar[str] = "evaluated"
+    step: int
+    loss: float
+    tokens: int
+    seconds: float
+    best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Event):
+    """A checkpoint was written and verified."""
+
+    kind: ClassVar[str] = "saved"
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Event):
+    """The model's answer to a fixed question after `step` steps (0 = before training)."""
+
+    kind: ClassVar[str] = "sample"
+    step: int
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice(Event):
+    """Something a person should know: `level` is "info", "warning" or "error"; `text` is already translated."""
+
+    kind: ClassVar[str] = "notice"
+    level: str
+    text: str
+    step: int = 0
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFinished(Event):
+    """The run ended: `outcome` is "finished", "interrupted", "stopped_early" or "failed"."""
+
+    kind: ClassVar[str] = "run_finished"
+    outcome: str
+    step: int
+    seconds: float
+    reason: str = ""
+    best_step: int = 0
+    result: str = ""
+
+
+Listener = Callable[[Event], None]
+KINDS: dict[str, type[Event]] = {
+    cls.kind: cls for cls in (RunStarted, DataReady, Step, Evaluated, Saved, Sample, Notice, RunFinished)
+}
+
+
+def parse(line: str) -> Event | None:
+    """The event in one line of `events.jsonl`; None for a kind or a field set this version does not know.
+
+    Raises:
+        ValueError: the line is not a JSON object (a line cut short by a kill).
+    """
+    value: Any = json.loads(line)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    cls = KINDS.get(value.pop("kind", ""))
+    if cls is None:
+        return None
+    known = {f.name for f in fields(cls)}
+    arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known}
+    try:
+        return cls(**arguments)
+    except TypeError:
+        return None
+
+
+def read(path: Path) -> Iterator[Event]:
+    """All events of a run in order, void ones left out: those past the step from which a later start resumed.
+
+    A last line cut short by a kill is skipped.
+    """
+    kept: list[Event] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            event = parse(line)
+        except ValueError:
+            continue
+        if event is None:
+            continue
+        if isinstance(event, RunStarted):
+            kept = [e for e in kept if getattr(e, "step", 0) <= event.resumed_step and not isinstance(e, RunFinished)]
+        kept.append(event)
+    yield from kept
+
+
+class EventLog:
+    """A listener that appends each event to `events.jsonl`, one flushed line at a time."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        self._end_torn_line()
+
+    def _end_torn_line(self) -> None:
+        end = self._file.seek(0, 2)
+        if end:
+            self._file.seek(end - 1)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
+
+    def __call__(self, event: Event) -> None:
+        """Append `event`."""
+        self._file.write(event.to_json().encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; further events raise ValueError."""
+        self._file.close()

@@ -1,0 +1,1 @@
+"""One operation per file: reference and fast version side by side."""

@@ -1,0 +1,1 @@
+"""Load, quantise and adapt a model; generate from it."""

@@ -1,0 +1,1 @@
+"""What will happen: layouts, memory, choice. Never imports torch."""

@@ -1,0 +1,1 @@
+"""What happened, for people: live view, trackers, the page."""
