@@ -23,8 +23,8 @@ class Origin:
 class Row:
     """One row in the one form everything is turned into.
 
-    A conversation has `messages` (OpenAI's form: role, content, maybe tool_calls) and maybe `tools`; raw text has `text`
-    and no messages. A `prompt` trained only after its end is a conversation of one user and one assistant turn, or, for
+    A conversation has `messages` (OpenAI's form: role, content, maybe tool_calls) and maybe `tools`; raw text has
+    `text` and no messages. A `prompt` trained only after its end is a conversation of one user and one assistant turn, or, for
     prompt/completion rows of plain strings, `text` with `trained_from` (a character offset).
     """
 

@@ -67,7 +67,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will run: the effective recipe (nothing that training needs left open), the layout, its cost, the reasons."""
+    """What will run: the effective recipe (nothing training needs is left open), the layout, its cost, the reasons."""
 
     recipe: Recipe
     chosen: Candidate
