@@ -24,8 +24,8 @@ class Row:
     """One row in the one form everything is turned into.
 
     A conversation has `messages` (OpenAI's form: role, content, maybe tool_calls) and maybe `tools`; raw text has
-    `text` and no messages. A `prompt` trained only after its end is a conversation of one user and one assistant turn, or, for
-    prompt/completion rows of plain strings, `text` with `trained_from` (a character offset).
+    `text` and no messages. A prompt/completion row of plain strings is `text` with `trained_from`, the character where
+    the completion begins.
     """
 
     origin: Origin

@@ -41,6 +41,16 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class DataFacts:
+    """What the planner must know of the data: counts of the training split, and of its longest example in tokens."""
+
+    examples: int
+    tokens: int
+    longest: int
+    valid_examples: int = 0
+
+
+@dataclass(frozen=True)
 class Decision:
     """A value the planner chose for a recipe field that was left open, and why, in a sentence."""
 
