@@ -88,7 +88,7 @@ def tokenizer_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random two-layer Llama (1.1 million parameters, fp32, always the same) and the packaged tokenizer.
+    """A folder with a random two-layer Llama (1.1M parameters, fp32, always the same) and the packaged tokenizer.
 
     Shared by the whole session: read it, never write into it.
     """
