@@ -7,6 +7,7 @@ the epoch, sizes are bytes, lengths are tokens.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -22,8 +23,9 @@ class Event:
     time: float = field(default_factory=time.time)
 
     def to_json(self) -> str:
-        """One line of `events.jsonl`."""
-        return json.dumps({"kind": self.kind, **asdict(self)}, ensure_ascii=False)
+        """One line of `events.jsonl`; a number that is not finite is written as null."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return json.dumps({"kind": self.kind, **values}, ensure_ascii=False, allow_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +155,15 @@ def parse(line: str) -> Event | None:
     if cls is None:
         return None
     known = {f.name for f in fields(cls)}
-    arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known}
+    arguments: dict[str, Any] = {k: _revive(v) for k, v in value.items() if k in known}
     try:
         return cls(**arguments)
     except TypeError:
         return None
+
+
+def _revive(value: Any) -> Any:
+    return math.nan if value is None else tuple(value) if isinstance(value, list) else value
 
 
 def read(path: Path) -> Iterator[Event]:

@@ -1,0 +1,211 @@
+"""From a plan to something that can be trained: one tuple of passes, in order.
+
+Each pass takes the `Trainee` and fills in its part. Reading `PASSES` from top to bottom is reading how a model is made
+ready.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kitaeru.data.types import MicroBatch
+from kitaeru.engine.optim import build_optimizer
+from kitaeru.errors import TrainingError
+from kitaeru.events import Listener, Notice
+from kitaeru.i18n import N_, tr
+from kitaeru.model import attention
+from kitaeru.model.adapt import add_adapter
+from kitaeru.model.head import LossSum, plain_loss, recognise_head
+from kitaeru.model.load import DTYPES, load_config, load_model
+from kitaeru.plan.types import Plan
+
+
+@dataclass
+class Trainee:
+    """Everything the loop needs. `named` are the trained parameters, by name, in a fixed order."""
+
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase
+    emit: Listener
+    device: torch.device
+    causal_lm: PreTrainedModel = field(init=False)
+    model: PreTrainedModel | PeftModel = field(init=False)
+    loss_sum: LossSum = field(init=False)
+    named: list[tuple[str, nn.Parameter]] = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
+    frozen_hash: int = 0
+    stored_dtype: torch.dtype | None = None
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The arithmetic of the plan: autocast in 16 bits, nothing in fp32."""
+        precision = self.plan.layout.precision
+        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32"):
+            yield
+
+    def say(self, text: str, level: str = "info", step: int = 0) -> None:
+        """Emit a notice."""
+        self.emit(Notice(level=level, text=text, step=step))
+
+
+def build(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, emit: Listener, progress: Callable[[str], None] | None = None
+) -> Trainee:
+    """A model on its device, adapted, checked, with its loss and optimizer, as the plan says."""
+    trainee = Trainee(plan, tokenizer, emit, torch.device(plan.layout.device))
+    for step, title in PASSES:
+        if progress is not None:
+            progress(tr(title))
+        step(trainee)
+    return trainee
+
+
+def load(trainee: Trainee) -> None:
+    """Load the base model."""
+    recipe = trainee.plan.recipe
+    if recipe.limits.threads is not None:
+        torch.set_num_threads(recipe.limits.threads)
+    trainee.stored_dtype = load_config(recipe.model).dtype
+    trainee.causal_lm = load_model(recipe.model, trainee.plan.layout, recipe.train.seed)
+    trainee.causal_lm.config.use_cache = False
+    vocabulary = trainee.causal_lm.get_input_embeddings().weight.shape[0]
+    if len(trainee.tokenizer) > vocabulary:
+        raise TrainingError(
+            tr(
+                "The tokenizer knows {tokens} tokens, the model only {rows}.",
+                tokens=len(trainee.tokenizer),
+                rows=vocabulary,
+            ),
+            remedy=tr("Use the model's own tokenizer (leave `model.tokenizer` out)."),
+        )
+
+
+def check_packing(trainee: Trainee) -> None:
+    """Prove that packed examples do not see each other."""
+    model = trainee.causal_lm
+    model.eval()
+    pair = _probe(trainee, (9, 6))
+    alone = [_slice(pair, 0, 9), _slice(pair, 9, 15)]
+    packed, separate = _probe_loss(trainee, pair), sum(_probe_loss(trainee, one) for one in alone)
+    tolerance = 1e-4 if trainee.plan.layout.precision == "fp32" else 3e-2
+    if abs(packed - separate) > tolerance * abs(separate):
+        if model.config._attn_implementation == attention.NAME:
+            model.set_attn_implementation("sdpa")
+            check_packing(trainee)
+        elif trainee.plan.recipe.data.packing:
+            raise TrainingError(
+                tr("This model mixes packed examples: loss {packed:.4f} packed, {separate:.4f} alone.",
+                   packed=packed, separate=separate),
+                remedy=tr("Train it without packing: --set data.packing=false"),
+            )  # fmt: skip
+
+
+def adapt(trainee: Trainee) -> None:
+    """Add the adapter, or free every weight."""
+    recipe, model = trainee.plan.recipe, trainee.causal_lm
+    if trainee.plan.layout.method in ("lora", "qlora"):
+        model.requires_grad_(False)
+        trainee.model = add_adapter(model, recipe.lora, recipe.train.seed)
+    else:
+        model.requires_grad_(True)
+        trainee.model = model
+    trainee.named = [(n, p) for n, p in trainee.model.named_parameters() if p.requires_grad]
+    trainee.frozen_hash = hash_frozen(trainee.model)
+
+
+def checkpoint_activations(trainee: Trainee) -> None:
+    """Recompute activations where the plan says so."""
+    if trainee.plan.layout.activations == "recompute":
+        trainee.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def attach_neftune(trainee: Trainee) -> None:
+    """Add NEFTune's noise to the embeddings."""
+    alpha = trainee.plan.recipe.train.neftune_alpha
+    if alpha is None:
+        return
+
+    def add_noise(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        size = alpha / (output.shape[-2] * output.shape[-1]) ** 0.5
+        return output + torch.empty_like(output).uniform_(-size, size)
+
+    trainee.causal_lm.get_input_embeddings().register_forward_hook(add_noise)
+
+
+def choose_loss(trainee: Trainee) -> None:
+    """Recognise the output head."""
+    trainee.causal_lm.eval()
+    with trainee.autocast():
+        trainee.loss_sum, why = recognise_head(trainee.causal_lm, _probe(trainee, (9, 6)))
+    if why != "chunked":
+        trainee.say(tr("The loss is taken from the model's own logits: the chunked head does not fit it."))
+
+
+def make_optimizer(trainee: Trainee) -> None:
+    """Make the optimizer."""
+    recipe, layout = trainee.plan.recipe, trainee.plan.layout
+    assert recipe.train.learning_rate is not None
+    trainee.optimizer = build_optimizer(
+        trainee.named,
+        recipe.train,
+        learning_rate=recipe.train.learning_rate,
+        lora_plus_ratio=recipe.lora.plus_ratio if layout.method in ("lora", "qlora") else None,
+        device_type=layout.device,
+    )
+    trainee.scaler = torch.amp.GradScaler(trainee.device.type, enabled=layout.precision == "fp16")
+
+
+PASSES: tuple[tuple[Callable[[Trainee], None], str], ...] = (
+    (load, N_("Loading the model")),
+    (check_packing, N_("Checking that packed examples do not see each other")),
+    (adapt, N_("Preparing the weights to train")),
+    (checkpoint_activations, N_("Setting up recomputation")),
+    (attach_neftune, N_("Setting up noise")),
+    (choose_loss, N_("Checking the output head")),
+    (make_optimizer, N_("Making the optimizer")),
+)
+
+
+def hash_frozen(model: nn.Module) -> int:
+    """A checksum of every weight that must not change (packed 4-bit ones by their bytes)."""
+    total = 0
+    for index, parameter in enumerate(model.parameters()):
+        if parameter.requires_grad or parameter.numel() == 0:
+            continue
+        flat = parameter.detach().reshape(-1)
+        whole = flat[: flat.numel() - flat.numel() * flat.element_size() % 4 // flat.element_size()]
+        total ^= int(whole.view(torch.int32).sum(dtype=torch.int64)) * (2 * index + 1) & (2**63 - 1)
+    return total
+
+
+def _probe(trainee: Trainee, lengths: tuple[int, ...]) -> MicroBatch:
+    generator = torch.Generator().manual_seed(0)
+    total = sum(lengths)
+    ids = torch.randint(4, min(1000, len(trainee.tokenizer)), (1, total), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    targets = torch.roll(ids, -1, 1)
+    ends = torch.tensor(lengths).cumsum(0)
+    targets[0, ends - 1] = -100
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)
+    return MicroBatch(ids, positions, targets, starts, max(lengths)).to(trainee.device)
+
+
+def _slice(batch: MicroBatch, start: int, end: int) -> MicroBatch:
+    cut = slice(start, end)
+    bounds = torch.tensor([0, end - start], dtype=torch.int32, device=batch.cu_seqlens.device)
+    return MicroBatch(batch.input_ids[:, cut], batch.position_ids[:, cut], batch.targets[:, cut], bounds, end - start)
+
+
+def _probe_loss(trainee: Trainee, batch: MicroBatch) -> float:
+    with torch.no_grad(), trainee.autocast():
+        return float(plain_loss(trainee.causal_lm)(batch))

@@ -1,0 +1,75 @@
+"""Checks that stop a run before it wastes hours: a wrong number is worse than a crash."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from kitaeru.errors import TrainingError
+from kitaeru.i18n import tr
+from kitaeru.recipe.types import TrainSection
+
+SPIKE_WINDOW = 50
+
+
+def gradient_gate(named: Sequence[tuple[str, nn.Parameter]], step: int) -> list[str]:
+    """Every trained tensor must receive a gradient that is not all zero, or it learns nothing.
+
+    A LoRA A whose B is still zero has no gradient yet, by its definition: it is looked at in the second step. Experts
+    of a mixture may see no token in one batch: their names are returned, for a notice.
+
+    Raises:
+        TrainingError: names the tensors that learn nothing.
+    """
+    weights = dict(named)
+    silent = [name for name, p in named if p.grad is None or not bool(p.grad.any())]
+    experts = [name for name in silent if "expert" in name]
+    if step == 0:
+        silent = [name for name in silent if not _waits_for_b(name, weights)]
+    dead = [name for name in silent if name not in experts]
+    if dead:
+        shown = ", ".join(dead[:5]) + (" …" if len(dead) > 5 else "")
+        raise TrainingError(
+            tr(
+                "{count} of {total} trained tensors got no gradient: {names}",
+                count=len(dead),
+                total=len(named),
+                names=shown,
+            ),
+            where=tr("step {step}", step=step + 1),
+            remedy=tr(
+                "They would never learn. Check `lora.targets` and that the model is supported; nothing is saved."
+            ),
+        )
+    return experts
+
+
+def _waits_for_b(name: str, weights: dict[str, nn.Parameter]) -> bool:
+    partner = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+    return partner != name and partner in weights and not bool(weights[partner].detach().any())
+
+
+@dataclass
+class LossWatch:
+    """Looks at each step's loss before the weights are changed. `recent` holds the last good losses."""
+
+    section: TrainSection
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
+
+    def verdict(self, loss: float) -> str:
+        """ "ok", "nan" or "spike". Good losses, and spikes that are only spoken of, join the window."""
+        if not math.isfinite(loss):
+            return "nan"
+        spike = len(self.recent) >= 10 and loss > self.section.spike_factor * statistics.median(self.recent)
+        if not spike or self.section.on_spike == "ignore":
+            self.recent.append(loss)
+        return "spike" if spike else "ok"
+
+    def restore(self, losses: Iterable[float]) -> None:
+        """Go on from a checkpoint."""
+        self.recent = deque(losses, maxlen=SPIKE_WINDOW)

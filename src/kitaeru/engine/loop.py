@@ -1,0 +1,330 @@
+"""The training loop: one optimizer step after another, validation and checkpoints when due. It knows no strategy."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kitaeru.data.batches import Sampler, eval_batches, micro_batches
+from kitaeru.data.corpus import Corpus
+from kitaeru.data.types import MicroBatch
+from kitaeru.engine import checkpoint
+from kitaeru.engine.build import Trainee
+from kitaeru.engine.gates import LossWatch, gradient_gate
+from kitaeru.engine.optim import load_optimizer_state, optimizer_state
+from kitaeru.engine.schedule import rate
+from kitaeru.errors import CheckpointError, TrainingError
+from kitaeru.events import Evaluated, Notice, Saved, Step
+from kitaeru.i18n import tr
+
+
+@dataclass
+class Progress:
+    """Where training stands. `step` counts finished optimizer steps; `best_step` is 0 until a validation."""
+
+    step: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    since_best: int = 0
+
+
+class Loop:
+    """Trains a `Trainee` on a corpus. All state that a resumed run needs is in `save` and `restore`."""
+
+    def __init__(
+        self, trainee: Trainee, train: Corpus, valid: Corpus | None, run: Path, fingerprints: dict[str, Any]
+    ) -> None:
+        recipe = trainee.plan.recipe
+        assert recipe.train.max_steps is not None
+        self.trainee, self.train, self.valid, self.run = trainee, train, valid, run
+        self.section, self.total = recipe.train, recipe.train.max_steps
+        self.fingerprints = fingerprints
+        self.sampler = Sampler(
+            train,
+            seed=self.section.seed,
+            global_batch_tokens=self.section.global_batch_tokens,
+            global_batch_examples=self.section.global_batch_examples,
+        )
+        for group in trainee.optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+        self.progress = Progress()
+        self.watch = LossWatch(self.section)
+        self.stop_signal: int | None = None
+
+    # ---- the page: what happens, in order -------------------------------------------------------------------------
+
+    def __call__(self) -> str:
+        """Train to the end. Returns the outcome: "finished", "stopped_early" or "interrupted".
+
+        Raises:
+            TrainingError: the loss is not finite, a gradient never arrives (nothing is saved then).
+            CheckpointError: a checkpoint cannot be written; the earlier ones are untouched.
+        """
+        with self._signals():
+            if self.progress.step == 0 and self.valid is not None:
+                self._validate()
+            while self.progress.step < self.total:
+                self._step()
+                done = self.progress.step
+                improved = False
+                if self.valid is not None and self._due(done, self.section.eval_every):
+                    improved = self._validate()
+                if (
+                    self._due(done, self.section.save_every)
+                    or (improved and self.section.keep_best)
+                    or self.stop_signal is not None
+                ):
+                    self.save()
+                if self.stop_signal is not None and done < self.total:
+                    return "interrupted"
+                if self.section.early_stop is not None and self.progress.since_best >= self.section.early_stop:
+                    self.save()
+                    return "stopped_early"
+        return "finished"
+
+    def _step(self) -> None:
+        started, index = time.perf_counter(), self.progress.step
+        trainee = self.trainee
+        chosen = self.sampler.next()
+        batches = self._split(chosen)
+        trained = sum(batch.trained_tokens for batch in batches)
+        multiplier = rate(index, self.total, self.section)
+        for group in trainee.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * multiplier
+        losses = self._gradients(batches, trained, index)
+        loss = float(losses.sum())
+        norm, skipped = self._update(loss, losses, batches, index)
+        self.progress.step += 1
+        seconds = time.perf_counter() - started
+        tokens = sum(batch.tokens for batch in batches)
+        trainee.emit(
+            Step(
+                step=self.progress.step,
+                loss=loss,
+                tokens=tokens,
+                trained_tokens=trained,
+                tokens_per_second=tokens / seconds,
+                learning_rate=trainee.plan.recipe.train.learning_rate * multiplier,  # type: ignore[operator]
+                grad_norm=norm,
+                peak_bytes=peak_bytes(trainee.device),
+                epoch=self.sampler.epoch,
+                seconds=seconds,
+                skipped=skipped,
+            )
+        )
+
+    # ---- the parts ------------------------------------------------------------------------------------------------
+
+    def _split(self, chosen: list[int]) -> list[MicroBatch]:
+        recipe = self.trainee.plan.recipe
+        return micro_batches(
+            self.train,
+            chosen,
+            micro_batch_tokens=self.trainee.plan.layout.micro_batch_tokens,
+            packing=recipe.data.packing,
+        )
+
+    def _gradients(self, batches: list[MicroBatch], trained: int, index: int) -> torch.Tensor:
+        """Accumulate the gradients of the global batch; each micro-batch's share of the mean loss, on the CPU."""
+        trainee = self.trainee
+        trainee.model.train()
+        shares = []
+        for number, batch in enumerate(batches):
+            # Dropout and noise depend on the seed, the step and the place in it alone: a resumed run draws the same.
+            torch.manual_seed((self.section.seed * 1_000_003 + index) * 65_537 + number)
+            with trainee.autocast():
+                share = trainee.loss_sum(batch.to(trainee.device)) / trained
+            trainee.scaler.scale(share).backward()
+            shares.append(share.detach())
+        return torch.stack(shares).double().cpu()
+
+    def _update(self, loss: float, shares: torch.Tensor, batches: list[MicroBatch], index: int) -> tuple[float, bool]:
+        """Change the weights, unless the loss forbids it. Returns the gradient norm and whether it was skipped."""
+        trainee, section = self.trainee, self.section
+        trainee.scaler.unscale_(trainee.optimizer)
+        limit = section.max_grad_norm or math.inf
+        parameters = [p for _, p in trainee.named]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        verdict = self.watch.verdict(loss)
+        overflow = trainee.scaler.is_enabled() and not math.isfinite(norm)
+        if verdict == "ok" and not math.isfinite(norm) and not overflow:
+            verdict = "nan"
+        skipped = overflow
+        if verdict != "ok":
+            skipped = self._object(verdict, loss, norm, shares, batches, index)
+        if index < 2 and not skipped:
+            for name in gradient_gate(trainee.named, index)[:1]:
+                trainee.say(
+                    tr("Some experts saw no token in this step, for example {name}.", name=name), step=index + 1
+                )
+        if not skipped:
+            trainee.scaler.step(trainee.optimizer)
+        trainee.scaler.update()
+        trainee.optimizer.zero_grad(set_to_none=True)
+        return norm, skipped
+
+    def _object(
+        self, verdict: str, loss: float, norm: float, shares: torch.Tensor, batches: list[MicroBatch], index: int
+    ) -> bool:
+        """A loss that is not finite or jumps: stop, skip or only say so, and name the examples. True = skip."""
+        policy = self.section.on_nan if verdict == "nan" else self.section.on_spike
+        guilty = [batch for batch, share in zip(batches, shares.tolist(), strict=True) if not math.isfinite(share)]
+        guilty = guilty or [batches[int(shares.argmax())]]
+        names = tuple(str(self.train.origin(i)) for batch in guilty for i in batch.examples)
+        what = (
+            tr("The loss ({loss}) or the gradient norm ({norm}) is not finite.", loss=loss, norm=norm)
+            if verdict == "nan"
+            else tr("The loss jumped to {loss:.3f}.", loss=loss)
+        )
+        self.trainee.emit(Notice(level="warning", text=what, step=index + 1, examples=names))
+        if policy == "stop":
+            self.trainee.optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(
+                what + " " + tr("Examples: {names}", names=", ".join(names[:8]) + (" …" if len(names) > 8 else "")),
+                where=tr("step {step}", step=index + 1),
+                remedy=tr(
+                    "Look at them with `kitaeru data check`, lower train.learning_rate, or go on past such steps with "
+                    "--set train.on_nan=skip (train.on_spike=skip). The last checkpoint is untouched."
+                ),
+            )
+        return policy == "skip"
+
+    def _validate(self) -> bool:
+        """Validate now; whether the loss is the lowest so far."""
+        assert self.valid is not None
+        started = time.perf_counter()
+        loss, tokens = self.evaluate(self.valid)
+        best = loss < self.progress.best_loss
+        self.progress.since_best = 0 if best else self.progress.since_best + 1
+        if best:
+            self.progress.best_loss, self.progress.best_step = loss, self.progress.step
+        self.trainee.emit(
+            Evaluated(
+                step=self.progress.step, loss=loss, tokens=tokens, seconds=time.perf_counter() - started, best=best
+            )
+        )
+        return best
+
+    @torch.no_grad()
+    def evaluate(self, corpus: Corpus) -> tuple[float, int]:
+        """Mean loss in nats over the trained tokens of `corpus`, and their number."""
+        trainee = self.trainee
+        trainee.model.eval()
+        total, tokens = 0.0, 0
+        for batch in eval_batches(
+            corpus,
+            micro_batch_tokens=trainee.plan.layout.micro_batch_tokens,
+            packing=trainee.plan.recipe.data.packing,
+            max_examples=self.section.eval_max_examples,
+        ):
+            with trainee.autocast():
+                total += float(trainee.loss_sum(batch.to(trainee.device)))
+            tokens += batch.trained_tokens
+        return total / tokens, tokens
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return step == self.total or (every is not None and step % every == 0)
+
+    # ---- nothing is lost ------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.run / "checkpoints"
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, verified, and prune old ones. Does nothing if this step is saved already."""
+        started, trainee, step = time.perf_counter(), self.trainee, self.progress.step
+        tensors = {f"model/{name}": p.detach().cpu() for name, p in trainee.named}
+        moments, scalars = optimizer_state(trainee.optimizer, trainee.named)
+        tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
+        meta = {
+            "step": step,
+            "sampler": self.sampler.state_dict(),
+            "optimizer": scalars,
+            "scaler": trainee.scaler.state_dict(),
+            "random": {"seed": self.section.seed, "step": step},
+            "progress": vars(self.progress) | {"best_loss": _or_none(self.progress.best_loss)},
+            "recent_losses": list(self.watch.recent),
+            "fingerprints": self.fingerprints,
+        }
+        path = checkpoint.save(self.folder, step, tensors, meta)
+        protected = {self.progress.best_step} if self.section.keep_best and self.progress.best_step else set()
+        checkpoint.prune(self.folder, self.section.keep_checkpoints, protect=protected)
+        size = sum(f.stat().st_size for f in path.iterdir())
+        trainee.emit(Saved(step=step, path=str(path), bytes=size, seconds=time.perf_counter() - started))
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint: weights, optimizer, schedule, sampler, scaler, best loss.
+
+        Raises:
+            CheckpointError: it is damaged, or belongs to another recipe or data set.
+        """
+        tensors, meta = checkpoint.load(path)
+        checkpoint.compare(meta["fingerprints"], self.fingerprints)
+        self._put_weights(tensors)
+        moments = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
+        load_optimizer_state(self.trainee.optimizer, self.trainee.named, moments, meta["optimizer"])
+        self.trainee.scaler.load_state_dict(meta["scaler"])
+        self.sampler.load_state_dict(meta["sampler"])
+        stored = meta["progress"]
+        self.progress = Progress(
+            **{**stored, "best_loss": math.inf if stored["best_loss"] is None else stored["best_loss"]}
+        )
+        self.watch.restore(meta["recent_losses"])
+
+    def take_best(self) -> int:
+        """Put the weights of the best validation back; the step they are of."""
+        best = self.progress.best_step
+        if not self.section.keep_best or self.valid is None or best in (0, self.progress.step):
+            return self.progress.step
+        path = next((p for p in checkpoint.available(self.folder) if p.name.endswith(f"{best:08d}")), None)
+        if path is None:
+            return self.progress.step
+        self._put_weights(checkpoint.load(path)[0])
+        return best
+
+    def _put_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+        missing = [name for name, _ in self.trainee.named if f"model/{name}" not in tensors]
+        if missing:
+            raise CheckpointError(tr("The checkpoint has no weights for {name}.", name=missing[0]))
+        with torch.no_grad():
+            for name, parameter in self.trainee.named:
+                parameter.copy_(tensors[f"model/{name}"])
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the step, save and stop; a second one stops at once."""
+
+        def remember(number: int, _: object) -> None:
+            if self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            self.trainee.say(tr("Stopping after this step; it is saved first. Once more stops at once."), "warning")
+
+        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on a GPU, resident of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

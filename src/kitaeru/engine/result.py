@@ -1,0 +1,88 @@
+"""What a run leaves behind: `adapter/` in PEFT's format, or `model/`; complete, verified, or not there at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+
+from kitaeru.engine.build import Trainee
+from kitaeru.errors import TrainingError
+from kitaeru.files import sync_directory
+from kitaeru.i18n import tr
+from kitaeru.model.load import model_source
+
+
+def write_result(trainee: Trainee, run: Path) -> Path:
+    """Write the adapter, or the whole model in its own dtype, with the tokenizer; the folder's path.
+
+    It is written beside its place, opened again and compared with the weights in memory, and then renamed.
+
+    Raises:
+        TrainingError: what lies on disk is not what was trained.
+    """
+    adapter = isinstance(trainee.model, PeftModel)
+    target = run / ("adapter" if adapter else "model")
+    temporary = run / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    if adapter:
+        trainee.model.peft_config["default"].base_model_name_or_path = model_source(trainee.plan.recipe.model)
+        trainee.model.save_pretrained(str(temporary), safe_serialization=True)
+    else:
+        _save_model(trainee, temporary)
+    trainee.tokenizer.save_pretrained(str(temporary))
+    _compare(trainee, temporary)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+    sync_directory(run)
+    return target
+
+
+def _save_model(trainee: Trainee, folder: Path) -> None:
+    model = trainee.causal_lm
+    dtype = _own_dtype(trainee)
+    state = {name: tensor.detach().to(dtype).cpu() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        state = {n: t for n, t in state.items() if not (n.startswith("lm_head") and head is embedding)}
+    before = model.config.dtype, model.config.use_cache
+    model.config.dtype, model.config.use_cache = dtype, True
+    try:
+        model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
+    finally:
+        model.config.dtype, model.config.use_cache = before
+
+
+def _own_dtype(trainee: Trainee) -> torch.dtype:
+    """The 16-bit type a model is shared in; fp32 where everything was computed in fp32 and nobody asked for less."""
+    stored = trainee.stored_dtype
+    if stored is not None:
+        return stored
+    return torch.float32 if trainee.plan.layout.precision == "fp32" else torch.bfloat16
+
+
+def _compare(trainee: Trainee, folder: Path) -> None:
+    """Every trained tensor must be in the files, equal up to the rounding of the stored dtype."""
+    stored: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                stored[_plain(name)] = handle.get_tensor(name)
+    for name, parameter in trainee.named:
+        found = stored.get(_plain(name))
+        if found is None or not torch.equal(found, parameter.detach().cpu().to(found.dtype)):
+            raise TrainingError(
+                tr("The files in {folder} do not hold what was trained ({name}).", folder=folder.name, name=name),
+                remedy=tr("The checkpoints are whole. Please report this."),
+            )
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without PEFT's wrapping words, which differ between memory and file."""
+    for word in (".default", "base_model.model.", ".modules_to_save", ".original_module"):
+        name = name.replace(word, "")
+    return name

@@ -1,0 +1,289 @@
+"""A whole run, from an effective recipe to an adapter or a model on disk.
+
+`prepare` does everything that needs no weights (hardware, shape, data, plan) and writes the run folder; `train` does the
+rest. Between the two a caller can show the plan and set up its listeners.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from kitaeru.data.prepare import Prepared
+from kitaeru.data.prepare import prepare as prepare_data
+from kitaeru.engine import checkpoint
+from kitaeru.engine.build import Trainee, build, hash_frozen
+from kitaeru.engine.loop import Loop
+from kitaeru.engine.result import write_result
+from kitaeru.engine.samples import Question, questions
+from kitaeru.errors import Interrupted, KitaeruError, TrainingError, UsageError
+from kitaeru.events import DataReady, Event, EventLog, Listener, Notice, RunFinished, RunStarted, Sample
+from kitaeru.files import write_atomic
+from kitaeru.i18n import tr
+from kitaeru.machine.probe import probe
+from kitaeru.model.generate import Sampling, answer
+from kitaeru.model.load import config_dict, load_config
+from kitaeru.model.tokenizer import load_tokenizer
+from kitaeru.plan.choose import default_seq_len, make_plan
+from kitaeru.plan.types import DataFacts, Plan
+from kitaeru.recipe.read import to_yaml
+from kitaeru.recipe.types import Recipe
+from kitaeru.shape import ModelShape
+
+Phase = Callable[[str, int, int], None]
+
+
+@dataclass
+class Run:
+    """A prepared run. `wish` is the recipe as asked for; the plan holds the effective one."""
+
+    folder: Path
+    wish: Recipe
+    plan: Plan
+    data: Prepared
+    tokenizer: PreTrainedTokenizerBase
+    resume_from: Path | None
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run left behind."""
+
+    folder: Path
+    outcome: str
+    step: int
+    result: Path | None
+
+
+def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None) -> Run:
+    """Read the data, make the plan, open the run folder.
+
+    Raises:
+        KitaeruError: the subclass says what is wrong; nothing is written but the token cache and skipped rows.
+    """
+    folder = run_folder(wish)
+    earlier = _earlier(folder, wish, resume)
+    config = load_config(wish.model)
+    shape = ModelShape.from_config(config_dict(config))
+    tokenizer = load_tokenizer(wish.model)
+    seq_len = default_seq_len(wish, shape)
+    data = prepare_data(wish, tokenizer, seq_len=seq_len, bad_rows=folder / "bad_rows.jsonl", progress=phase)
+    facts = DataFacts(
+        examples=len(data.train),
+        tokens=int(data.train.lengths.sum()),
+        longest=int(data.train.lengths.max()),
+        valid_examples=0 if data.valid is None else len(data.valid),
+    )
+    plan = earlier if earlier is not None else make_plan(wish, probe(), shape, facts)
+    notices: list[str] = []
+    resume_from = None
+    if resume:
+        resume_from = checkpoint.newest_good(
+            folder / "checkpoints",
+            damaged=lambda path, why: notices.append(
+                tr("Checkpoint {name} is damaged ({why}); an earlier one is used.", name=path.name, why=why)
+            ),
+        )
+        if resume_from is None:
+            notices.append(tr("There is no checkpoint to go on from yet: training starts at the beginning."))
+    if earlier is None:
+        write_atomic(folder / "recipe.yaml", to_yaml(wish.model_copy(update={"output": str(folder)})))
+        plan.save(folder / "plan.json")
+    return Run(folder, wish, plan, data, tokenizer, resume_from, tuple(notices))
+
+
+def run_folder(wish: Recipe) -> Path:
+    """The folder of a run: `output`, or a new one under `runs/`."""
+    if wish.output is not None:
+        return Path(wish.output)
+    name = wish.model.name.rstrip("/").rsplit("/", 1)[-1]
+    return Path("runs") / f"{name}-{wish.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _earlier(folder: Path, wish: Recipe, resume: bool) -> Plan | None:
+    """The plan of the run that is resumed; None for a new run.
+
+    Raises:
+        UsageError: the folder holds a run already and `resume` was not asked for.
+    """
+    if not (folder / "plan.json").exists():
+        return None
+    if not resume:
+        if (folder / "events.jsonl").exists():
+            raise UsageError(
+                tr("{folder} already holds a run.", folder=folder),
+                remedy=tr("Go on with it: add --resume. Or start another: --set output=NEW_FOLDER"),
+            )
+        return None
+    return Plan.load(folder / "plan.json")
+
+
+def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None) -> Result:
+    """Train a prepared run to its end. Every event goes to `events.jsonl` first, then to the listeners.
+
+    Raises:
+        Interrupted: the user asked to stop; a checkpoint was saved.
+        KitaeruError: training cannot go on; the reason is in the last event too.
+    """
+    log = EventLog(run.folder / "events.jsonl")
+    started = time.perf_counter()
+
+    def emit(event: Event) -> None:
+        log(event)
+        for listener in listeners:
+            listener(event)
+
+    step = 0
+    try:
+        trainee, loop = _ready(run, emit, phase)
+        asked = questions(run.plan.recipe, run.data, run.tokenizer)
+        if loop.progress.step == 0:
+            _ask(trainee, asked, 0)
+        outcome = loop()
+        step = loop.progress.step
+        if outcome == "interrupted":
+            emit(RunFinished(outcome=outcome, step=step, seconds=time.perf_counter() - started))
+            raise Interrupted(
+                tr("Stopped after step {step} of {total}; everything is saved.", step=step, total=loop.total),
+                remedy=tr("Go on with: kitaeru train {folder} --resume", folder=run.folder),
+            )
+        best = loop.take_best()
+        if hash_frozen(trainee.model) != trainee.frozen_hash:
+            raise TrainingError(
+                tr("Frozen weights changed during training: the result would be wrong."),
+                remedy=tr("Please report this with the recipe and the report page; the checkpoints are kept."),
+            )
+        _ask(trainee, asked, step)
+        result = write_result(trainee, run.folder)
+        emit(
+            RunFinished(
+                outcome=outcome,
+                step=step,
+                seconds=time.perf_counter() - started,
+                best_step=best,
+                result=str(result),
+            )
+        )
+        return Result(run.folder, outcome, step, result)
+    except Interrupted:
+        raise
+    except BaseException as error:
+        reason = str(error) if isinstance(error, KitaeruError) else f"{type(error).__name__}: {error}"
+        emit(Notice(level="error", text=reason, step=step))
+        emit(RunFinished(outcome="failed", step=step, seconds=time.perf_counter() - started, reason=reason))
+        raise
+    finally:
+        log.close()
+
+
+def _ready(run: Run, emit: Listener, phase: Phase | None) -> tuple[Trainee, Loop]:
+    """Model, optimizer and loop, restored if the run is resumed, with the events that say so."""
+    held: list[Event] = []  # the start comes first in the log, and is only known once the model is there
+    trainee = build(
+        run.plan,
+        run.tokenizer,
+        held.append,
+        None if phase is None else lambda title: phase(title, 0, 0),
+    )
+    loop = Loop(trainee, run.data.train, run.data.valid, run.folder, fingerprints(run))
+    if run.resume_from is not None:
+        loop.restore(run.resume_from)
+    trainee.emit = emit
+    emit(
+        RunStarted(
+            run=str(run.folder),
+            model=run.plan.recipe.model.name,
+            method=run.plan.layout.method,
+            strategy=run.plan.layout.strategy,
+            device=device_name(trainee.device),
+            max_steps=loop.total,
+            resumed_step=loop.progress.step,
+            environment=environment(),
+            trainable_parameters=sum(p.numel() for _, p in trainee.named),
+            total_parameters=_parameters(trainee),
+        )
+    )
+    for event in (*data_events(run.data), *(Notice(level="warning", text=text) for text in run.notices), *held):
+        emit(event)
+    return trainee, loop
+
+
+def data_events(data: Prepared) -> list[Event]:
+    """What the report and the screen say of the data."""
+    return [
+        DataReady(
+            split=split,
+            examples=len(corpus),
+            tokens=int(corpus.lengths.sum()),
+            trained_tokens=int(corpus.trained.sum()),
+            longest=int(corpus.lengths.max()),
+            characters=corpus.characters,
+            left_out=dict(corpus.left_out),
+            length_histogram=corpus.length_histogram(),
+            cached=corpus.cached,
+        )
+        for split, corpus in (("train", data.train), ("valid", data.valid))
+        if corpus is not None
+    ]
+
+
+def fingerprints(run: Run) -> dict[str, Any]:
+    """What must not change between a checkpoint and its resumption: the wish, and the data by content."""
+    data = {"train": run.data.train.fingerprint}
+    if run.data.valid is not None:
+        data["valid"] = run.data.valid.fingerprint
+    return {"recipe": run.wish.model_dump(mode="json"), "data": data}
+
+
+def environment() -> dict[str, str]:
+    """Versions and the machine, for the report."""
+    names = ("kitaeru", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or "cpu (N threads)"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _parameters(trainee: Trainee) -> int:
+    """All parameters; 4-bit ones count as what they stand for."""
+    total = 0
+    for parameter in trainee.model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += state.shape.numel() if state is not None else parameter.numel()
+    return total
+
+
+def _ask(trainee: Trainee, asked: Sequence[Question], step: int) -> None:
+    recipe = trainee.plan.recipe
+    for question in asked:
+        with trainee.autocast():
+            text = answer(
+                trainee.causal_lm,
+                trainee.tokenizer,
+                messages=question.messages,
+                text=question.text,
+                sampling=Sampling(max_new_tokens=recipe.samples.max_new_tokens),
+            )
+        trainee.emit(Sample(step=step, prompt=question.shown, answer=text))

@@ -1,0 +1,86 @@
+"""The output head and the loss as one operation that never holds all logits.
+
+hidden [T, h], weight [V, h], targets int64 [T] with -100 for positions that do not count. The loss is a SUM over the
+positions that count, in fp32 nats: the caller divides by the trained tokens of the whole global batch, so that any
+split into micro-batches gives the same training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+CHUNK_ROWS = 512
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None
+) -> Tensor:
+    """The definition, with all logits at once: a scalar, fp32."""
+    return F.cross_entropy(_logits(hidden, weight, softcap), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
+    """The same scalar by chunks of rows, with the gradient formed in the forward pass.
+
+    Rows that do not count never meet the head: prompt tokens cost nothing here. Peak memory is one chunk of fp32
+    logits and one copy of it, `2 * CHUNK_ROWS * V * 4` bytes, and the gradient of `hidden` (and of `weight`, in fp32,
+    when it is trained).
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, softcap)
+    return loss
+
+
+def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden_compute = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        else:
+            hidden_compute = hidden
+        weight_compute = weight.to(hidden_compute.dtype)
+        rows = (targets != IGNORED).nonzero().squeeze(1)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for chunk in rows.split(CHUNK_ROWS):
+            x, wanted = hidden_compute[chunk], targets[chunk]
+            logits = _logits(x, weight_compute, softcap)
+            log_total = torch.logsumexp(logits, dim=-1)
+            loss += (log_total - logits.gather(1, wanted[:, None]).squeeze(1)).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            slope = 1 - (logits / softcap) ** 2 if softcap else None
+            grad = logits.sub_(log_total[:, None]).exp_()  # softmax, in place of the logits
+            grad.scatter_add_(1, wanted[:, None], torch.full_like(wanted[:, None], -1, dtype=grad.dtype))
+            if slope is not None:
+                grad *= slope
+            grad = grad.to(x.dtype)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = (grad @ weight_compute).to(grad_hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += grad.T @ x
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (upstream,) = grads
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * upstream.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * upstream).to(ctx.weight_dtype),
+            None,
+            None,
+        )

@@ -1,0 +1,71 @@
+"""Causal attention over examples laid end to end: none sees another, and no T x T matrix exists.
+
+Shapes: query [1, heads, T, head_dim]; key, value [1, kv_heads, T, head_dim]; `cu_seqlens` int32 [examples + 1] holds
+where each example starts, and T last. heads is a multiple of kv_heads (grouped-query attention).
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import varlen
+
+_VARLEN_ARGUMENTS = inspect.signature(varlen.varlen_attn).parameters
+
+
+def packed_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None = None
+) -> Tensor:
+    """The definition: one masked softmax over the whole row, fp32. Returns [1, heads, T, head_dim]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    length = query.shape[2]
+    place = torch.arange(length, device=query.device)
+    example = torch.searchsorted(cu_seqlens.long(), place, right=True)
+    allowed = (example[:, None] == example[None, :]) & (place[:, None] >= place[None, :])
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query.float() @ key.float().transpose(-1, -2)) * scale
+    return (scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ value.float()).to(query.dtype)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None = None
+) -> Tensor:
+    """Exact attention of each example with itself. Returns [1, heads, T, head_dim].
+
+    On CUDA in 16 bits: torch's variable-length flash kernel. Elsewhere: torch's SDPA, one example after another.
+    """
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(query, key, value, cu_seqlens, longest, scale)
+    bounds: list[int] = cu_seqlens.tolist()
+    gqa = query.shape[1] != key.shape[1]
+    pieces = [
+        F.scaled_dot_product_attention(
+            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scale, enable_gqa=gqa
+        )
+        for a, b in itertools.pairwise(bounds)
+    ]
+    return torch.cat(pieces, dim=2)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:
+    options: dict[str, Any] = {"scale": scale} if "scale" in _VARLEN_ARGUMENTS else {}
+    if scale is not None and not options:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    # torch 2.11 and earlier say is_causal, later ones say it with a window that reaches back without end.
+    options |= {"is_causal": True} if "is_causal" in _VARLEN_ARGUMENTS else {"window_size": (-1, 0)}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in _VARLEN_ARGUMENTS:
+            options["enable_gqa"] = True
+        else:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    rows = [t[0].transpose(0, 1) for t in (query, key, value)]  # [T, heads, head_dim]
+    output = varlen.varlen_attn(*rows, cu_seqlens, cu_seqlens, longest, longest, **options)
+    assert isinstance(output, Tensor)
+    return output.transpose(0, 1)[None]

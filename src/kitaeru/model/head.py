@@ -1,0 +1,66 @@
+"""The output head and the loss of a causal language model, without all logits in memory where that is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kitaeru.data.types import MicroBatch
+from kitaeru.kernels.linear_cross_entropy import linear_cross_entropy
+
+LossSum = Callable[[MicroBatch], Tensor]
+
+
+def forward_arguments(batch: MicroBatch) -> dict[str, Any]:
+    """What a transformers model must be told about a packed row."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.longest,
+        "max_length_k": batch.longest,
+    }
+
+
+def chunked_loss(model: PreTrainedModel) -> LossSum:
+    """The loss sum of a micro-batch through the decoder and the chunked head."""
+    decoder = getattr(model, model.base_model_prefix)
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+
+    def loss_sum(batch: MicroBatch) -> Tensor:
+        hidden = decoder(**forward_arguments(batch)).last_hidden_state
+        return linear_cross_entropy(hidden[0], head.weight, batch.targets[0], softcap)
+
+    return loss_sum
+
+
+def plain_loss(model: PreTrainedModel) -> LossSum:
+    """The loss sum from the model's own logits: right for every model, and the reference."""
+
+    def loss_sum(batch: MicroBatch) -> Tensor:
+        logits = model(**forward_arguments(batch)).logits[0].float()
+        return nn.functional.cross_entropy(logits, batch.targets[0], ignore_index=-100, reduction="sum")
+
+    return loss_sum
+
+
+def recognise_head(model: PreTrainedModel, batch: MicroBatch) -> tuple[LossSum, str]:
+    """The chunked loss if it equals the model's own on `batch`, else the plain one; and why, in a word.
+
+    Fits: a plain linear head without bias or adapter, with or without soft-capped logits.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or not hasattr(model, model.base_model_prefix):
+        return plain_loss(model), "unknown head"
+    with torch.no_grad():
+        ours, theirs = chunked_loss(model)(batch), plain_loss(model)(batch)
+    if torch.isclose(ours, theirs, rtol=2e-2 if head.weight.dtype != torch.float32 else 1e-4):
+        return chunked_loss(model), "chunked"
+    return plain_loss(model), "the model changes its logits"

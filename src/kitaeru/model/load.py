@@ -1,0 +1,139 @@
+"""Loading a causal language model as the plan says: dtype, quantisation, attention, device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+from kitaeru.errors import ModelError
+from kitaeru.i18n import tr
+from kitaeru.model import attention
+from kitaeru.model.bundled import bundled_folder
+from kitaeru.plan.types import Layout
+from kitaeru.recipe.types import ModelSection
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def model_source(section: ModelSection) -> str:
+    """The folder or Hub id behind a recipe's model name."""
+    return str(bundled_folder()) if section.name == "bundled" else section.name
+
+
+def load_config(section: ModelSection) -> PretrainedConfig:
+    """The model's config, without its weights.
+
+    Raises:
+        ModelError: not found, no network, no permission, or it wants to run code of its own.
+    """
+    source = model_source(section)
+    try:
+        return AutoConfig.from_pretrained(
+            source, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except Exception as error:
+        raise _not_loaded(section, error) from error
+
+
+def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedModel:
+    """The model on the layout's device, ready for an adapter or for full training.
+
+    Frozen bases are stored as the layout's base says; weights that will all be trained are fp32 masters, computed
+    under autocast. `pretrain` starts from random weights drawn from `seed`.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+    """
+    config = load_config(section)
+    options: dict[str, Any] = {
+        "attn_implementation": _attention(section, config),
+        "trust_remote_code": section.trust_remote_code,
+    }
+    trains_all = layout.method in ("full", "pretrain")
+    dtype = torch.float32 if trains_all else DTYPES[layout.precision]
+    device = torch.device(layout.device)
+    if layout.method == "pretrain":
+        torch.manual_seed(seed)
+        config.dtype = torch.float32
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+        return model.to(device)
+    source = model_source(section)
+    _refuse_pickles(source)
+    if layout.base != "none":
+        options["quantization_config"] = _quantisation(layout)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            revision=section.revision,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            **options,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _not_loaded(section, error) from error
+
+
+def _attention(section: ModelSection, config: PretrainedConfig) -> str:
+    if section.attention in ("auto", "packed"):
+        attention.register()
+        if attention.suits(config):
+            return attention.NAME
+        if section.attention == "packed":
+            raise ModelError(
+                tr("{model} does not use plain causal attention in every layer.", model=section.name),
+                remedy=tr("Leave `model.attention` out, or set it to sdpa or eager."),
+            )
+        return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    return section.attention
+
+
+def _quantisation(layout: Layout) -> BitsAndBytesConfig:
+    if layout.base == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[layout.precision],
+    )
+
+
+def _refuse_pickles(source: str) -> None:
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        raise ModelError(
+            tr("{folder} holds its weights as pickles (.bin), which can run code when opened.", folder=source),
+            remedy=tr("Use a copy with .safetensors files, or convert it where you trust it."),
+        )
+
+
+def _not_loaded(section: ModelSection, error: Exception) -> ModelError:
+    """The cause in a sentence, with the first line of the library's own words. Tokens never appear in it."""
+    text = str(error)
+    name = section.name
+    said = text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
+    if "trust_remote_code" in text:
+        remedy = tr("It wants to run Python code of its own. If you trust it: --set model.trust_remote_code=true")
+    elif "gated" in text.lower() or "401" in text or "403" in text:
+        remedy = tr("Accept its licence on its Hub page and log in with `hf auth login`.")
+    elif "safetensors" in text.lower():
+        remedy = tr("Only .safetensors weights are read: pickles can run code when opened.")
+    elif Path(name).exists():
+        remedy = tr("The folder must hold config.json and .safetensors files.")
+    else:
+        remedy = tr("Check the name and the network; a local folder works without one.")
+    return ModelError(tr("The model {name} cannot be loaded: {said}", name=name, said=said), remedy=remedy)
+
+
+def config_dict(config: PretrainedConfig) -> dict[str, Any]:
+    """The config as plain data, for `ModelShape.from_config`."""
+    value: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return value
