@@ -1,7 +1,7 @@
 """A whole run, from an effective recipe to an adapter or a model on disk.
 
-`prepare` does everything that needs no weights (hardware, shape, data, plan) and writes the run folder; `train` does the
-rest. Between the two a caller can show the plan and set up its listeners.
+`prepare` does everything that needs no weights (hardware, shape, data, plan) and writes the run folder; `train` does
+the rest. Between the two a caller can show the plan and set up its listeners.
 """
 
 from __future__ import annotations
