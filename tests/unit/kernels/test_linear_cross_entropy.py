@@ -1,0 +1,76 @@
+"""The chunked head against its definition: value, gradients, splits, soft-capping, 16 bits."""
+
+import pytest
+import torch
+
+from kitaeru.kernels.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy, linear_cross_entropy_reference
+
+
+def case(rows, hidden=24, vocabulary=57, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, hidden, generator=generator, dtype=torch.float32).to(dtype).requires_grad_()
+    w = torch.randn(vocabulary, hidden, generator=generator, dtype=torch.float32).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    targets[torch.rand(rows, generator=generator) < 0.4] = -100
+    return x, w, targets
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("rows", [1, 7, CHUNK_ROWS, CHUNK_ROWS * 2 + 3])
+def test_value_and_gradients_are_those_of_the_definition(rows, softcap):
+    x, w, targets = case(rows)
+    targets[0] = 3
+    ours = linear_cross_entropy(x, w, targets, softcap)
+    (ours * 0.37).backward()
+    got_x, got_w = x.grad.clone(), w.grad.clone()
+    x.grad = w.grad = None
+    theirs = linear_cross_entropy_reference(x, w, targets, softcap)
+    (theirs * 0.37).backward()
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(got_x, x.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got_w, w.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_the_numerical_one():
+    x, w, targets = case(5, hidden=4, vocabulary=9)
+    x, w = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    # The loss itself is fp32, so only a coarse numerical derivative can be compared.
+    assert torch.autograd.gradcheck(
+        lambda a, b: linear_cross_entropy(a, b, targets), (x, w), eps=1e-3, atol=2e-2, rtol=2e-2
+    )
+
+
+def test_nothing_counts_gives_zero_and_no_gradient():
+    x, w, targets = case(6)
+    targets[:] = -100
+    loss = linear_cross_entropy(x, w, targets)
+    loss.backward()
+    assert loss.item() == 0
+    assert not x.grad.any()
+    assert not w.grad.any()
+
+
+def test_frozen_weight_gets_no_gradient_buffer():
+    x, w, targets = case(6)
+    w = w.detach()
+    linear_cross_entropy(x, w, targets).backward()
+    assert w.grad is None
+    assert x.grad.any()
+
+
+@pytest.mark.parametrize("cut", [1, 100, 700])
+def test_any_split_sums_to_the_whole(cut):
+    x, w, targets = case(1000)
+    whole = linear_cross_entropy(x, w, targets)
+    parts = linear_cross_entropy(x[:cut], w, targets[:cut]) + linear_cross_entropy(x[cut:], w, targets[cut:])
+    torch.testing.assert_close(whole, parts, rtol=1e-6, atol=0)
+
+
+def test_under_autocast_the_loss_stays_fp32_and_close():
+    x, w, targets = case(64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = linear_cross_entropy(x, w, targets)
+    ours.backward()
+    assert ours.dtype == torch.float32
+    assert x.grad.dtype == torch.float32
+    torch.testing.assert_close(ours, linear_cross_entropy_reference(x, w, targets), rtol=2e-2, atol=0)
