@@ -20,7 +20,7 @@ from kitaeru.data.types import MicroBatch
 from kitaeru.engine import checkpoint
 from kitaeru.engine.build import Trainee
 from kitaeru.engine.gates import LossWatch, gradient_gate
-from kitaeru.engine.optim import load_optimizer_state, optimizer_state
+from kitaeru.engine.optim import load_optimizer_state, optimizer_state, set_rate
 from kitaeru.engine.schedule import rate
 from kitaeru.errors import CheckpointError, TrainingError
 from kitaeru.events import Evaluated, Notice, Saved, Step
@@ -54,8 +54,6 @@ class Loop:
             global_batch_tokens=self.section.global_batch_tokens,
             global_batch_examples=self.section.global_batch_examples,
         )
-        for group in trainee.optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
         self.progress = Progress()
         self.watch = LossWatch(self.section)
         self.stop_signal: int | None = None
@@ -98,8 +96,7 @@ class Loop:
         batches = self._split(chosen)
         trained = sum(batch.trained_tokens for batch in batches)
         multiplier = rate(index, self.total, self.section)
-        for group in trainee.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * multiplier
+        set_rate(trainee.optimizer, multiplier)
         losses = self._gradients(batches, trained, index)
         loss = float(losses.sum())
         norm, skipped = self._update(loss, losses, batches, index)
@@ -260,8 +257,9 @@ class Loop:
         path = checkpoint.save(self.folder, step, tensors, meta)
         protected = {self.progress.best_step} if self.section.keep_best and self.progress.best_step else set()
         checkpoint.prune(self.folder, self.section.keep_checkpoints, protect=protected)
-        size = sum(f.stat().st_size for f in path.iterdir())
-        trainee.emit(Saved(step=step, path=str(path), bytes=size, seconds=time.perf_counter() - started))
+        trainee.emit(
+            Saved(step=step, path=str(path), bytes=checkpoint.size_bytes(path), seconds=time.perf_counter() - started)
+        )
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint: weights, optimizer, schedule, sampler, scaler, best loss.
@@ -287,7 +285,7 @@ class Loop:
         best = self.progress.best_step
         if not self.section.keep_best or self.valid is None or best in (0, self.progress.step):
             return self.progress.step
-        path = next((p for p in checkpoint.available(self.folder) if p.name.endswith(f"{best:08d}")), None)
+        path = next((p for p in checkpoint.available(self.folder) if checkpoint.step_of(p) == best), None)
         if path is None:
             return self.progress.step
         self._put_weights(checkpoint.load(path)[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from kitaeru.engine.loop import Loop
 from kitaeru.engine.result import write_result
 from kitaeru.engine.samples import Question, questions
 from kitaeru.errors import Interrupted, KitaeruError, TrainingError, UsageError
-from kitaeru.events import DataReady, Event, EventLog, Listener, Notice, RunFinished, RunStarted, Sample
+from kitaeru.events import Event, EventLog, Listener, Notice, RunFinished, RunStarted, Sample
 from kitaeru.files import write_atomic
 from kitaeru.i18n import tr
 from kitaeru.machine.probe import probe
@@ -33,7 +33,7 @@ from kitaeru.model.generate import Sampling, answer
 from kitaeru.model.load import config_dict, load_config
 from kitaeru.model.tokenizer import load_tokenizer
 from kitaeru.plan.choose import default_seq_len, make_plan
-from kitaeru.plan.types import DataFacts, Plan
+from kitaeru.plan.types import Plan
 from kitaeru.recipe.read import to_yaml
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
@@ -77,12 +77,7 @@ def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None) -
     tokenizer = load_tokenizer(wish.model)
     seq_len = default_seq_len(wish, shape)
     data = prepare_data(wish, tokenizer, seq_len=seq_len, bad_rows=folder / "bad_rows.jsonl", progress=phase)
-    facts = DataFacts(
-        examples=len(data.train),
-        tokens=int(data.train.lengths.sum()),
-        longest=int(data.train.lengths.max()),
-        valid_examples=0 if data.valid is None else len(data.valid),
-    )
+    facts = replace(data.train.facts, valid_examples=0 if data.valid is None else len(data.valid))
     plan = earlier if earlier is not None else make_plan(wish, probe(), shape, facts)
     notices: list[str] = []
     resume_from = None
@@ -212,28 +207,12 @@ def _ready(run: Run, emit: Listener, phase: Phase | None) -> tuple[Trainee, Loop
             total_parameters=_parameters(trainee),
         )
     )
-    for event in (*data_events(run.data), *(Notice(level="warning", text=text) for text in run.notices), *held):
+    emit(run.data.train.ready("train"))
+    if run.data.valid is not None:
+        emit(run.data.valid.ready("valid"))
+    for event in (*(Notice(level="warning", text=text) for text in run.notices), *held):
         emit(event)
     return trainee, loop
-
-
-def data_events(data: Prepared) -> list[Event]:
-    """What the report and the screen say of the data."""
-    return [
-        DataReady(
-            split=split,
-            examples=len(corpus),
-            tokens=int(corpus.lengths.sum()),
-            trained_tokens=int(corpus.trained.sum()),
-            longest=int(corpus.lengths.max()),
-            characters=corpus.characters,
-            left_out=dict(corpus.left_out),
-            length_histogram=corpus.length_histogram(),
-            cached=corpus.cached,
-        )
-        for split, corpus in (("train", data.train), ("valid", data.valid))
-        if corpus is not None
-    ]
 
 
 def fingerprints(run: Run) -> dict[str, Any]:
