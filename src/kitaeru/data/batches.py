@@ -1,0 +1,183 @@
+"""The order of examples, and micro-batches of them. Nothing here depends on how many devices there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kitaeru.data.corpus import Corpus
+from kitaeru.data.pack import pack
+from kitaeru.data.types import MicroBatch
+from kitaeru.errors import DataError
+from kitaeru.i18n import tr
+
+IGNORED = -100
+
+
+class Sampler:
+    """Gives the examples of one global batch after another.
+
+    An epoch is a permutation that depends on `seed` and the epoch's number only. A source of weight 2.0 is in it twice,
+    of weight 0.5 with half of its examples, chosen anew each epoch. Examples are taken in order, `global_batch_examples`
+    of them or while they fit into `global_batch_tokens` (at least one). A batch that reaches the end of an epoch goes
+    on in the next, so that every batch is full.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        seed: int,
+        global_batch_tokens: int | None = None,
+        global_batch_examples: int | None = None,
+    ) -> None:
+        if (global_batch_tokens is None) == (global_batch_examples is None):
+            raise ValueError("give global_batch_tokens or global_batch_examples, one of them")
+        if not len(corpus):
+            raise ValueError("the corpus is empty")
+        self._corpus, self._seed = corpus, seed
+        self._max_tokens, self._max_examples = global_batch_tokens, global_batch_examples
+        self._lengths: list[int] = corpus.lengths.tolist()
+        self._of_source = [np.flatnonzero(corpus.sources == s) for s in range(len(corpus.weights))]
+        self._start(0, 0)
+
+    def __next__(self) -> list[int]:
+        return self.next()
+
+    def next(self) -> list[int]:
+        """The example indices of the next global batch; an index may come twice."""
+        batch: list[int] = []
+        tokens = 0
+        while self._max_examples is None or len(batch) < self._max_examples:
+            if self._position == len(self._order):
+                self._start(self._number + 1, 0)
+            index = self._order[self._position]
+            tokens += self._lengths[index]
+            if batch and self._max_tokens is not None and tokens > self._max_tokens:
+                break
+            batch.append(index)
+            self._position += 1
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self._number + self._position / len(self._order)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the sampler is, for a checkpoint."""
+        return {"epoch": self._number, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from where `state_dict` was taken, on the same corpus with the same seed.
+
+        Raises:
+            ValueError: the state is not one of this sampler.
+        """
+        epoch, position = state["epoch"], state["position"]
+        order = self._permutation(epoch) if epoch >= 0 else []
+        if not 0 <= position <= len(order):
+            raise ValueError(f"position {position} of epoch {epoch} is outside of the data")
+        self._number, self._order, self._position = epoch, order, position
+
+    def steps_in(self, epochs: float) -> int:
+        """The fewest batches, from the very beginning, that make `epochs` passes over the data."""
+        other = Sampler(
+            self._corpus,
+            seed=self._seed,
+            global_batch_tokens=self._max_tokens,
+            global_batch_examples=self._max_examples,
+        )
+        steps = 0
+        while other.epoch < epochs - 1e-9:
+            other.next()
+            steps += 1
+        return steps
+
+    def _start(self, number: int, position: int) -> None:
+        self._number, self._position = number, position
+        self._order = self._permutation(number)
+
+    def _permutation(self, epoch: int) -> list[int]:
+        # Raw bits and a stable sort: the same order from every version of numpy.
+        bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
+        chosen = []
+        for members, weight in zip(self._of_source, self._corpus.weights, strict=True):
+            # Counted over all epochs, so that any weight is met exactly in the long run.
+            count = int((epoch + 1) * weight * len(members)) - int(epoch * weight * len(members))
+            whole, rest = divmod(count, len(members)) if len(members) else (0, 0)
+            chosen += [members] * whole
+            if rest:
+                chosen.append(members[_shuffled(bits, len(members))[:rest]])
+        if not chosen:  # every weight is tiny: an epoch is at least one example
+            chosen = [_shuffled(bits, len(self._corpus))[:1]]
+        together = np.concatenate(chosen)
+        order: list[int] = together[_shuffled(bits, len(together))].tolist()
+        return order
+
+
+def _shuffled(bits: np.random.PCG64, count: int) -> NDArray[np.int64]:
+    order: NDArray[np.int64] = np.argsort(bits.random_raw(count), kind="stable")
+    return order
+
+
+def micro_batches(
+    corpus: Corpus, indices: Sequence[int], *, micro_batch_tokens: int, packing: bool = True
+) -> list[MicroBatch]:
+    """The examples `indices` as rows of at most `micro_batch_tokens` tokens; one example a row without `packing`.
+
+    Raises:
+        DataError: an example is longer than `micro_batch_tokens`. Names it.
+    """
+    return [_row(corpus, members) for members in _bins(corpus, indices, micro_batch_tokens, packing)]
+
+
+def eval_batches(
+    corpus: Corpus, *, micro_batch_tokens: int, packing: bool = True, max_examples: int | None = None
+) -> Iterator[MicroBatch]:
+    """All examples of `corpus`, or `max_examples` evenly spread ones, each once, as rows like `micro_batches`'.
+
+    Raises:
+        DataError: an example is longer than `micro_batch_tokens`.
+    """
+    count = min(len(corpus), max_examples or len(corpus))
+    indices = (np.arange(count, dtype=np.int64) * len(corpus) // max(count, 1)).tolist()
+    bins = _bins(corpus, indices, micro_batch_tokens, packing)
+    return (_row(corpus, members) for members in bins)
+
+
+def _bins(corpus: Corpus, indices: Sequence[int], budget: int, packing: bool) -> list[list[int]]:
+    lengths = corpus.lengths[np.asarray(indices, np.int64)].tolist()
+    for index, length in zip(indices, lengths, strict=True):
+        if length > budget:
+            raise DataError(
+                tr("This example has {length} tokens and a micro-batch takes {budget}.", length=length, budget=budget),
+                where=str(corpus.origin(index)),
+                remedy=tr("Lower `data.seq_len`, or raise `limits.micro_batch_tokens`."),
+            )
+    if not packing:
+        return [[index] for index in indices]
+    return [[indices[i] for i in members] for members in pack(lengths, budget)]
+
+
+def _row(corpus: Corpus, members: list[int]) -> MicroBatch:
+    spans = [slice(int(corpus.offsets[i]), int(corpus.offsets[i + 1])) for i in members]
+    lengths = corpus.lengths[members]
+    tokens = np.concatenate([corpus.tokens[s] for s in spans]).astype(np.int64)
+    trained = np.concatenate([corpus.trained[s] for s in spans])
+    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    targets = np.full(len(tokens), IGNORED, np.int64)
+    # The first token of an example is never trained, so the last position of the one before predicts nothing.
+    targets[:-1] = np.where(trained[1:], tokens[1:], IGNORED)
+    positions = np.arange(len(tokens), dtype=np.int64) - np.repeat(bounds[:-1], lengths)
+    return MicroBatch(
+        input_ids=torch.from_numpy(tokens)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        targets=torch.from_numpy(targets)[None],
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        longest=int(lengths.max()),
+        examples=list(members),
+    )
