@@ -1,0 +1,382 @@
+"""Reading a recipe: defaults, then a preset, then the file, then what the command line says; and where each came from.
+
+Layers are merged before anything is validated, and everything that is wrong is reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from kitaeru.errors import Problem, RecipeError
+from kitaeru.i18n import tr
+from kitaeru.recipe import presets
+from kitaeru.recipe.checks import check
+from kitaeru.recipe.fields import leaves, table
+from kitaeru.recipe.messages import describe, nearest
+from kitaeru.recipe.types import Recipe
+from kitaeru.recipe.yamltext import Key, Tree, dotted, parse, quoted
+
+OriginKind = Literal["file", "flag", "preset", "default", "planner"]
+# Fields that name a file or folder which is there before the run; looked for beside the recipe first.
+_PATHS = ("model.name", "model.tokenizer", "model.chat_template")
+_SECTIONS = ("model", "data", "lora", "train", "limits", "track", "samples")
+
+# Ways to say the same thing: one from a stronger layer takes the place of the others in weaker layers.
+_ALTERNATIVES = (
+    ("train.max_steps", "train.epochs"),
+    ("train.global_batch_tokens", "train.global_batch_examples"),
+    ("train.warmup_steps", "train.warmup_fraction"),
+    ("data.valid", "data.valid_fraction"),
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from; `source` is a file, a flag or the name of a preset, `line` counts from 1 (0 = none)."""
+
+    kind: OriginKind
+    source: str = ""
+    line: int = 0
+
+    def __str__(self) -> str:
+        if self.kind == "file":
+            return f"{self.source}:{self.line}"
+        if self.kind == "preset":
+            return tr("preset {name}", name=self.source)
+        return self.source or {"default": tr("default"), "planner": tr("planner")}.get(self.kind, self.kind)
+
+
+@dataclass(frozen=True)
+class Effective:
+    """A valid recipe and the origin of each of its fields by path (a list of sources is one field)."""
+
+    recipe: Recipe
+    origins: dict[str, Origin]
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Paths of the values a person wrote, in the file or on the command line."""
+        return frozenset(path for path, origin in self.origins.items() if origin.kind in ("file", "flag"))
+
+
+def read(path: Path | None, *, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Effective:
+    """Read the recipe in `path` (None: no file) under `values` and `overrides`, the later the stronger.
+
+    `overrides` are texts like `train.seed=3`, the value in YAML, nothing after `=` to take a value back.
+    `values` are those of the command line's own flags, by path (`{"data.train": "my.jsonl"}`) or nested; None is
+    skipped.
+
+    In the file, data paths, model and tokenizer folders and `chat_template` are looked for beside the file first and
+    are else relative to the current folder; `output` is always relative to the current folder.
+
+    Raises:
+        RecipeError: everything that is wrong with the recipe.
+    """
+    layers = [_file_layer(path)] if path is not None else []
+    layers += [_values_layer(values or {}), *map(_override_layer, overrides)]
+    name, at = _preset_name(layers)
+    if name is not None:
+        layers.insert(0, _preset_layer(name, at))
+    merged = _Merged()
+    for layer in layers:
+        merged.add(layer)
+    return _validated(merged)
+
+
+@dataclass
+class _Layer:
+    tree: Tree
+    kind: OriginKind
+    source: str
+    folder: Path | None = None
+
+
+class _Merged:
+    """The layers so far: values, the origin of every key, and the problems met."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: dict[Key, Origin] = {}
+        self.problems: list[Problem] = []
+        self.torn = False  # a layer could not be read, so what is missing may stand there
+
+    def add(self, layer: _Layer) -> None:
+        """Put `layer` on top."""
+        self.problems += layer.tree.problems
+        values = layer.tree.values
+        if values is None:
+            self.torn |= bool(layer.tree.problems)
+            return
+        if not isinstance(values, dict):
+            self.torn = True
+            example = "model: bundled\n    data: {train: my.jsonl}"
+            what, remedy = (
+                tr("this is not a recipe: no `name: value` lines"),
+                tr("A recipe looks like this:\n    {example}", example=example),
+            )
+            self.problems.append(Problem("", what, remedy, layer.source, 1 if layer.kind == "file" else 0))
+            return
+        self._merge(self.values, values, (), layer)
+
+    def _merge(self, below: dict[str, Any], above: dict[str, Any], at: Key, layer: _Layer) -> None:
+        for name, value in above.items():
+            key = (*at, name)
+            if key == ("model",) and isinstance(value, str):
+                value = {"name": value}
+                layer.tree.lines[("model", "name")] = layer.tree.lines.get(key, 0)
+            if key in {(section,) for section in _SECTIONS} and (value is None or isinstance(value, dict)):
+                inner = below.setdefault(name, {})
+                self.origins.setdefault(key, Origin(layer.kind, layer.source, layer.tree.lines.get(key, 0)))
+                if not isinstance(inner, dict):
+                    inner = below[name] = {}
+                self._merge(inner, value or {}, key, layer)
+                continue
+            self._forget(key)
+            below.pop(name, None)
+            self._note(key, layer)
+            if value is not None:  # an empty value means: decide for me
+                below[name] = self._placed(value, key, layer)
+                self._displace(below, key, layer)
+
+    def _displace(self, below: dict[str, Any], key: Key, layer: _Layer) -> None:
+        for group in _ALTERNATIVES:
+            for other in group if dotted(key) in group else ():
+                rival = tuple(other.split("."))
+                if rival != key and rival in self.origins and self.origins[rival].kind != layer.kind:
+                    self._forget(rival)
+                    below.pop(str(rival[-1]), None)
+
+    def _forget(self, key: Key) -> None:
+        for known in [k for k in self.origins if k[: len(key)] == key]:
+            del self.origins[known]
+
+    def _note(self, key: Key, layer: _Layer) -> None:
+        """Note the origin of `key` and of all that lies inside its value."""
+        self.origins[key] = Origin(layer.kind, layer.source, layer.tree.lines.get(key, 0))
+        for inner, line in layer.tree.lines.items():
+            if inner[: len(key)] == key:
+                self.origins[inner] = Origin(layer.kind, layer.source, line)
+
+    def _placed(self, value: Any, key: Key, layer: _Layer) -> Any:
+        """`value` with the paths in it looked for beside the recipe file."""
+        if dotted(key) in _PATHS:
+            return _place(value, layer.folder)
+        if dotted(key) in ("data.train", "data.valid"):
+            return _place_sources(value, layer.folder)
+        return value
+
+
+def _place_sources(value: Any, folder: Path | None) -> Any:
+    if isinstance(value, list):
+        return [_place_sources(item, folder) for item in value]
+    if isinstance(value, dict):
+        return {k: _place(v, folder) if k == "path" else v for k, v in value.items() if v is not None}
+    return _place(value, folder)
+
+
+def _place(value: Any, folder: Path | None) -> Any:
+    if not isinstance(value, str) or value == "bundled":
+        return value
+    if value.startswith("~"):
+        return str(Path(value).expanduser())
+    if folder is None or not value:
+        return value
+    try:
+        beside = folder / value
+        return str(beside) if folder != Path() and beside.exists() else value
+    except (OSError, ValueError):  # a name no file can have
+        return value
+
+
+def _file_layer(path: Path) -> _Layer:
+    source = str(path)
+    try:
+        tree = parse(path.read_text(encoding="utf-8-sig"), source)
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        problem = Problem("", tr("the file is not UTF-8"), tr("Save it as UTF-8."), source, line)
+        tree = Tree(problems=[problem])
+    except OSError as error:
+        what = tr("the recipe cannot be read: {reason}", reason=error.strerror or str(error))
+        raise RecipeError([Problem("", what, _file_remedy(path), source)]) from error
+    return _Layer(tree, "file", source, path.parent)
+
+
+def _file_remedy(path: Path) -> str:
+    if path.is_dir():
+        return tr("Name a file in it, for example {path}.", path=path / "recipe.yaml")
+    try:
+        near = nearest(path.name, [item.name for item in path.parent.iterdir()])
+    except OSError:
+        near = None
+    if near and not path.exists():
+        return tr("Did you mean {path}?", path=path.parent / near)
+    return tr("Check the path and its permissions.")
+
+
+def _values_layer(values: Mapping[str, Any]) -> _Layer:
+    tree = Tree(values={})
+    for path, value in values.items():
+        if value is not None:
+            plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            _nest(tree.values, path.split("."), plain)
+    return _Layer(tree, "flag", tr("command line"))
+
+
+def _nest(into: dict[str, Any], parts: list[str], value: Any) -> None:
+    for part in parts[:-1]:
+        inner = into.setdefault(part, {})
+        if not isinstance(inner, dict):  # model=NAME, then model.revision=x
+            inner = into[part] = {"name": inner}
+        into = inner
+    if isinstance(value, Mapping):
+        inner = into.setdefault(parts[-1], {})
+        for name, below in value.items():
+            if below is not None:
+                _nest(inner, [str(name)], below)
+    else:
+        into[parts[-1]] = value
+
+
+def _override_layer(text: str) -> _Layer:
+    path, equals, raw = text.partition("=")
+    path, source = path.strip(), "--set"
+    parts = path.split(".")
+    if not equals or not all(parts):
+        what = tr("{text} does not say what to set", text=quoted(text))
+        return _Layer(Tree(problems=[Problem("", what, tr("Write `--set train.seed=3`."), source)]), "flag", source)
+    value_tree = parse(raw, source)
+    spec = table().get(path)
+    if (
+        spec is not None
+        and spec.kind == "text"
+        and not _is_quoted(raw)
+        and (value_tree.problems or value_tree.values is not None)
+    ):
+        value_tree = Tree(values=raw.strip())  # `: `, `#`, digits: all of it is the text
+    problems = [Problem(path, p.what, p.remedy, source) for p in value_tree.problems]
+    value = value_tree.values
+    for part in reversed(parts):
+        value = {part: value}
+    return _Layer(Tree(values=value if not problems else None, problems=problems), "flag", source)
+
+
+def _is_quoted(raw: str) -> bool:
+    return raw.strip()[:1] in ('"', "'")
+
+
+def _preset_name(layers: Sequence[_Layer]) -> tuple[str | None, Problem]:
+    """The preset the strongest layer names, and a problem at that place to complain with."""
+    name, at = None, Problem("preset", "")
+    for layer in layers:
+        if isinstance(layer.tree.values, dict) and "preset" in layer.tree.values:
+            name = layer.tree.values["preset"]
+            at = Problem("preset", "", "", layer.source, layer.tree.lines.get(("preset",), 0))
+    return (name if isinstance(name, str) else None), at
+
+
+def _preset_layer(name: str, at: Problem) -> _Layer:
+    if name not in presets.PRESETS:
+        known = ", ".join(presets.PRESETS)
+        close = nearest(name, presets.PRESETS)
+        remedy = tr("Did you mean `{name}`?", name=close) if close else tr("Presets: {names}.", names=known)
+        problem = Problem("preset", tr("there is no preset {name}", name=quoted(name)), remedy, at.source, at.line)
+        return _Layer(Tree(problems=[problem]), "preset", name)
+    return _Layer(parse(presets.text(name), name), "preset", name)
+
+
+def _validated(merged: _Merged) -> Effective:
+    problems = list(merged.problems)
+    wrong: set[Key] = set()
+    recipe, errors = _attempt(merged.values)
+    for error in errors:
+        key = tuple(error["loc"])
+        wrong.add(key)
+        if error["type"] != "missing" or not merged.torn:
+            problems.append(_problem(merged.origins, key, *describe(error, key)))
+    if recipe is None:  # look for clashes among the values that are right
+        recipe, _ = _attempt(_without(merged.values, wrong))
+    origins = _leaf_origins(merged.origins)
+    if recipe is not None:
+        given = Effective(recipe, origins).given
+        spoilt = {dotted(tuple(p for p in key if isinstance(p, str))) for key in wrong}
+        problems += [
+            _clash_problem(merged.origins, clash.paths, clash.what, clash.remedy)
+            for clash in check(recipe, given)
+            if not any(_touches(path, bad) for path in clash.paths for bad in spoilt)
+        ]
+    if problems or recipe is None:
+        raise RecipeError(sorted(_unique(problems), key=lambda p: (p.line == 0, p.line)))
+    return Effective(recipe, origins)
+
+
+def _attempt(values: dict[str, Any]) -> tuple[Recipe | None, list[ErrorDetails]]:
+    try:
+        return Recipe.model_validate(values), []
+    except ValidationError as error:
+        return None, error.errors(include_url=False)
+
+
+def _without(values: dict[str, Any], wrong: set[Key]) -> dict[str, Any]:
+    """A copy without the wrong values, and with something in the place of a model or data that is missing."""
+    whole = {spec.path for spec in leaves()}
+
+    def copy(value: Any, key: Key) -> Any:
+        if isinstance(value, dict):
+            return {k: copy(v, (*key, k)) for k, v in value.items() if not spoils((*key, k))}
+        return value
+
+    def spoils(key: Key) -> bool:
+        return any(bad == key or (bad[: len(key)] == key and dotted(key) in whole) for bad in wrong)
+
+    kept: dict[str, Any] = copy(values, ())
+    for section, name in (("model", "name"), ("data", "train")):
+        inner = kept.setdefault(section, {})
+        if isinstance(inner, dict):
+            inner.setdefault(name, "?")
+    return kept
+
+
+def _touches(path: str, bad: str) -> bool:
+    return path == bad or path.startswith(f"{bad}.") or bad.startswith(f"{path}.")
+
+
+def _origin_of(origins: Mapping[Key, Origin], key: Key) -> Origin | None:
+    """The origin of `key`, or of the nearest thing around it."""
+    for length in range(len(key), 0, -1):
+        if (found := origins.get(key[:length])) is not None:
+            return found
+    return None
+
+
+def _problem(origins: Mapping[Key, Origin], key: Key, what: str, remedy: str) -> Problem:
+    origin = _origin_of(origins, key)
+    path = dotted(key)
+    if origin is None:
+        return Problem(path, what, remedy)
+    source = tr("preset {name}", name=origin.source) if origin.kind == "preset" else origin.source
+    return Problem(path, what, remedy, source, origin.line)
+
+
+def _clash_problem(origins: Mapping[Key, Origin], paths: tuple[str, ...], what: str, remedy: str) -> Problem:
+    """The clash at its first path that a person wrote, with the places of the others."""
+    keys = [tuple(path.split(".")) for path in paths]
+    written = [key for key in keys if key in origins and origins[key].kind in ("file", "flag")]
+    first = (written or keys)[0]
+    others = [f"`{dotted(key)}`: {origins[key]}" for key in keys if key != first and key in origins]
+    more = f" ({'; '.join(others)})" if others else ""
+    return _problem(origins, first, what + more, remedy)
+
+
+def _unique(problems: Sequence[Problem]) -> list[Problem]:
+    return list(dict.fromkeys(problems))
+
+
+def _leaf_origins(origins: Mapping[Key, Origin]) -> dict[str, Origin]:
+    return {spec.path: origins.get(tuple(spec.path.split(".")), Origin("default")) for spec in leaves()}
