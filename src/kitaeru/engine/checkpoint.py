@@ -53,20 +53,15 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], meta: Map
     """
     text = json.dumps(meta, ensure_ascii=False)
     plain = _plain(tensors)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}"
-    with exclusive(folder):
-        _tidy(folder)
-        _check_room(folder, step, len(text.encode()) + sum(t.nbytes + 512 for t in plain.values()) + 65536)
-        temporary = _hidden(path, _WRITING)
-        try:
-            _write(temporary, step, plain, text)
-            _read_back(temporary, plain, text)
-            _put_in_place(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise _write_error(path, error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder):
+            _tidy(folder)
+            _check_room(folder, step, len(text.encode()) + sum(t.nbytes + 512 for t in plain.values()) + 65536)
+            _write_and_rename(path, step, plain, text)
+    except (OSError, SafetensorError) as error:
+        raise _write_error(path, error) from error
     return path
 
 
@@ -185,6 +180,16 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         plain[name] = value.clone() if storage in storages else value
         storages.add(storage)
     return plain
+
+
+def _write_and_rename(path: Path, step: int, tensors: dict[str, torch.Tensor], text: str) -> None:
+    temporary = _hidden(path, _WRITING)
+    try:
+        _write(temporary, step, tensors, text)
+        _read_back(temporary, tensors, text)
+        _put_in_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(temporary: Path, step: int, tensors: dict[str, torch.Tensor], text: str) -> None:

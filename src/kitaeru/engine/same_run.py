@@ -91,7 +91,7 @@ def _spike_is_free(before: _Flat, after: _Flat) -> bool:
     # Only said aloud, or stopped at: then a higher limit would not have been met either.
     if before["recipe.train.on_spike"] == "stop":
         return bool(after["recipe.train.spike_factor"] >= before["recipe.train.spike_factor"])
-    return before["recipe.train.on_spike"] == after["recipe.train.on_spike"] == "ignore"
+    return bool(before["recipe.train.on_spike"] == after["recipe.train.on_spike"] == "ignore")
 
 
 _RULES: dict[str, Callable[[_Flat, _Flat], bool]] = {
