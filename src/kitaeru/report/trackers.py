@@ -1,0 +1,142 @@
+"""Where the numbers go beside `events.jsonl`: TensorBoard files, and W&B, MLflow and trackio through their own clients.
+
+A tracker is a listener with `close`. It can fail (no network, no login, a full disk): then it is dropped with one
+notice, and training goes on. Only the recipe is handed to them, never the environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from kitaeru.events import Event, Notice
+from kitaeru.i18n import tr
+from kitaeru.recipe.types import TrackSection
+
+_CLOSE_SECONDS = 60.0
+_QUEUED = 10_000
+
+Notify = Callable[[Notice], None]
+
+
+class Tracker(Protocol):
+    """A listener that must be closed."""
+
+    name: str
+
+    def __call__(self, event: Event) -> None:
+        """Take `event` in."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left and let go."""
+        ...
+
+
+def trackers(
+    section: TrackSection, run_dir: Path, config: dict[str, Any], notify: Notify | None = None
+) -> list[Tracker]:
+    """The trackers that `section` names, guarded: none of them can stop or stall training.
+
+    Args:
+        section: which ones.
+        run_dir: the run folder; TensorBoard files go to `run_dir/tensorboard`.
+        config: the recipe as plain data.
+        notify: gets a Notice when a tracker fails or has an address to show (from another thread); default: the log.
+
+    Raises:
+        MissingLibraryError: a named tracker's client is not installed.
+    """
+    from kitaeru.report import hosted
+    from kitaeru.report.tensorboard import TensorBoard
+
+    tell = notify or _log
+    found: list[Tracker] = []
+    if section.tensorboard:
+        found.append(Guarded(TensorBoard(run_dir / "tensorboard", config), tell))
+    for project, make in (
+        (section.wandb, hosted.Wandb),
+        (section.mlflow, hosted.MLflow),
+        (section.trackio, hosted.Trackio),
+    ):
+        if project is not None:
+            found.append(Background(Guarded(make(project, run_dir, config, tell), tell)))
+    return found
+
+
+class Guarded:
+    """A tracker whose first failure is told once and ends it, and it alone."""
+
+    def __init__(self, tracker: Tracker, tell: Notify) -> None:
+        self.name = tracker.name
+        self._tracker = tracker
+        self._tell = tell
+        self._failed = False
+
+    def __call__(self, event: Event) -> None:
+        """Pass `event` on while all is well."""
+        self._try(lambda: self._tracker(event))
+
+    def close(self) -> None:
+        """Close the tracker; once it failed there is nothing left to close."""
+        self._try(self._tracker.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except Exception as error:
+            # Marked first: the notice comes back to this listener as an event.
+            self._failed = True
+            reason = str(error).strip().splitlines()
+            self._tell(
+                Notice(
+                    level="warning",
+                    text=tr(
+                        "{tracker} failed and gets no more numbers; training goes on. Reason: {reason}",
+                        tracker=self.name,
+                        reason=reason[0] if reason else type(error).__name__,
+                    ),
+                )
+            )
+
+
+class Background:
+    """A tracker in a thread of its own: a slow network delays its numbers, never the training."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.name = tracker.name
+        self._tracker = tracker
+        self._queue: queue.Queue[Event | None] = queue.Queue(_QUEUED)
+        self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.name}", daemon=True)
+        self._thread.start()
+
+    def __call__(self, event: Event) -> None:
+        """Queue `event`; when ten thousand wait already, it is left out."""
+        try:
+            self._queue.put_nowait(event)
+        except queue.Full:
+            return
+
+    def close(self) -> None:
+        """Wait for what is queued, a minute at most."""
+        try:
+            self._queue.put(None, timeout=_CLOSE_SECONDS)
+        except queue.Full:
+            return
+        self._thread.join(_CLOSE_SECONDS)
+
+    def _work(self) -> None:
+        while (event := self._queue.get()) is not None:
+            self._tracker(event)
+        self._tracker.close()
+
+
+def _log(notice: Notice) -> None:
+    level = logging.WARNING if notice.level != "info" else logging.INFO
+    logging.getLogger("kitaeru").log(level, notice.text)
