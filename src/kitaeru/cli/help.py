@@ -33,6 +33,8 @@ class Formatter:
 
     def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
         """One table of commands or parameters."""
+        if not panel.entries:
+            return
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(style="cyan", overflow="fold", max_width=max(24, console.width * 2 // 5))
         table.add_column(overflow="fold")
@@ -50,7 +52,8 @@ def _names(entry: HelpEntry) -> str:
 
 
 def _what(entry: HelpEntry) -> Text:
-    text = Text(tr(_plain(entry.description)))
+    description = _plain(entry.description)
+    text = Text(tr(description))
     notes = []
     if entry.choices:
         notes.append(tr("choices: {choices}", choices=", ".join(entry.choices)))

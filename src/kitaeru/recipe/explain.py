@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kitaeru.errors import UsageError
 from kitaeru.i18n import tr
 from kitaeru.recipe.fields import FieldSpec, example, names_under, table, type_text
-from kitaeru.recipe.messages import unknown_key
+from kitaeru.recipe.messages import nearest, unknown_key
 from kitaeru.recipe.yamltext import inline
 
 
@@ -40,7 +40,8 @@ def explain(path: str = "") -> Explanation:
         )
     spec = table().get(path)
     if spec is None:
-        _, remedy = unknown_key(tuple(path.split(".")))
+        close = nearest(path, table())
+        remedy = tr("Did you mean `{name}`?", name=close) if close else unknown_key(tuple(path.split(".")))[1]
         raise UsageError(tr("There is no field `{path}` in a recipe.", path=path), remedy=remedy)
     return Explanation(path, type_text(spec), _default(spec), tr(spec.description), example(spec), _inside(path))
 

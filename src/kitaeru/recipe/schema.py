@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from kitaeru.i18n import tr
+from kitaeru.recipe.fields import table
 from kitaeru.recipe.presets import PRESETS
-from kitaeru.recipe.types import Recipe
+from kitaeru.recipe.types import Recipe, Section
 
 _STRING = {"type": "string"}
 
@@ -15,20 +16,23 @@ def schema() -> dict[str, Any]:
     """The schema, descriptions in the language in force. Whatever `read` takes from a file, the schema takes too."""
     value = Recipe.model_json_schema()
     definitions = value["$defs"]
-    for section in (value, *definitions.values()):
-        for field in section.get("properties", {}).values():
-            _translate(field)
-        section["description"] = tr(section["description"])
+    sections = {spec.section.__name__: spec.section for spec in table().values() if spec.section is not None}
+    for name, section in (("", value), *definitions.items()):
+        del section["description"]  # the docstring; the field that holds the section says it in two languages
+        _describe(section, sections.get(name, Recipe))
     _short_forms(value, definitions)
     _nullable(value, definitions)
     value["properties"]["preset"]["examples"] = list(PRESETS)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kitaeru recipe", **value}
 
 
-def _translate(field: dict[str, Any]) -> None:
-    field.pop("title", None)
-    if "description" in field:
-        field["description"] = tr(field["description"])
+def _describe(schema: dict[str, Any], section: type[Section]) -> None:
+    for name, field in schema["properties"].items():
+        field.pop("title", None)
+        info = section.model_fields[name]
+        if "$ref" in field:
+            field.pop("default", None)  # a section's default is that of its fields
+        field["description"] = tr(info.description or "")
 
 
 def _short_forms(value: dict[str, Any], definitions: dict[str, Any]) -> None:
