@@ -51,7 +51,10 @@ fi
 
 say "Installing kitaeru and its libraries (a gigabyte or more the first time)." \
   "kitaeru とライブラリを入れます（初回は 1 GB 以上をダウンロードします）。"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+# In a terminal pip shows how far a download is; in a log that is only noise.
+quiet=--quiet
+[[ -t 1 ]] && quiet=''
+"$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
   --constraint constraints.txt --editable '.[dev]'
 say "Ready: $("$venv/bin/python" --version), torch $("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))')." \
   "準備ができました: $("$venv/bin/python" --version)、torch $("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))')。"
