@@ -21,9 +21,9 @@ class Sampler:
     """Gives the examples of one global batch after another.
 
     An epoch is a permutation that depends on `seed` and the epoch's number only. A source of weight 2.0 is in it twice,
-    of weight 0.5 with half of its examples, chosen anew each epoch. Examples are taken in order, `global_batch_examples`
-    of them or while they fit into `global_batch_tokens` (at least one). A batch that reaches the end of an epoch goes
-    on in the next, so that every batch is full.
+    of weight 0.5 with half of its examples, chosen anew each epoch. Examples are taken in order: so many as
+    `global_batch_examples` says, or while they fit into `global_batch_tokens` (at least one). A batch that reaches the
+    end of an epoch goes on in the next, so that every batch is full.
     """
 
     def __init__(

@@ -126,6 +126,7 @@ def _render_conversation(template: Template, row: Row, train_on: TrainOn) -> Ren
         try:
             text, spans = assistant_spans(template, messages, row.tools)
             _check_nothing_lost(template, messages, row.tools, text)
+            _check_calls(messages, row.tools, text)
         except Refusal as refusal:
             if number == 0 and forms[0] != forms[1]:
                 continue  # some templates want a call's arguments as the string OpenAI sends
@@ -167,6 +168,23 @@ def _check_nothing_lost(template: Template, messages: Sequence[Message], tools: 
             raise DataError(
                 tr("The chat template leaves out the {role} message.", role=message["role"]), remedy=_other_template()
             )
+
+
+def _check_calls(messages: Sequence[Message], tools: Sequence[Message], text: str) -> None:
+    """Templates without tools pass calls over in silence and would teach an empty answer."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    for name in (_function_name(item) for item in (*calls, *tools)):
+        if name is not None and name not in text:
+            raise DataError(
+                tr("The chat template leaves out the tool {name}: it knows no tools.", name=name),
+                remedy=_other_template(),
+            )
+
+
+def _function_name(item: Any) -> str | None:
+    function = item.get("function", item) if isinstance(item, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _refused(template: Template, messages: Sequence[Message], tools: Sequence[Message], refusal: Refusal) -> DataError:
