@@ -60,26 +60,34 @@ def leave_out_copies(rows: list[Row], texts: list[set[str]], body: str | None) -
     for index, text in enumerate(texts):
         for window in text:
             places[window].add(index)
-    kept, dropped = [], []
+    kept: list[Row] = []
+    dropped: list[str] = []
     for row in rows:
         own = windows(row[body] if body else said(row), TEXT_WINDOW)
         shared = Counter(index for window in own if window in places for index in places[window])
         worst = max((count / min(len(own), len(texts[index])) for index, count in shared.items()), default=0.0)
-        (dropped if worst >= TEXT_SHARE else kept).append(row["id"] if worst >= TEXT_SHARE else row)
+        if worst >= TEXT_SHARE:
+            dropped.append(row["id"])
+        else:
+            kept.append(row)
     return kept, dropped
 
 
 def unseen(valid: list[Row], train: list[Row]) -> tuple[list[Row], list[str]]:
     """The validation rows that no training row nearly repeats, in question or as a whole; and the ids of the others."""
     known = [(windows(said(row), ROW_WINDOW), windows(question(row), QUESTION_WINDOW)) for row in train]
-    kept, dropped = [], []
+    kept: list[Row] = []
+    dropped: list[str] = []
     for row in valid:
         whole, asked = windows(said(row), ROW_WINDOW), windows(question(row), QUESTION_WINDOW)
         copied = any(
             contained(whole, other) > ROW_SHARE or len(asked & like) / len(asked | like) > QUESTION_SHARE
             for other, like in known
         )
-        (dropped if copied else kept).append(row["id"] if copied else row)
+        if copied:
+            dropped.append(row["id"])
+        else:
+            kept.append(row)
     return kept, dropped
 
 
