@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -11,6 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kitaeru.data.read import Reading, gather, read
 from kitaeru.data.sources import parts_of
@@ -270,3 +273,22 @@ def test_hub_offline_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(DataError, match="Hub cannot be reached") as caught:
         read([SourceSection(path="kitaeru-nobody/no-such-data-set")])
     assert caught.value.where == "kitaeru-nobody/no-such-data-set"
+
+
+# Anything a person can write in UTF-8; NUL is not text, and a row of nothing but spaces is a bad one.
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0")).filter(str.strip)
+
+
+@given(texts=st.lists(TEXTS, min_size=1, max_size=5))
+def test_text_comes_back_exactly_from_every_table(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    rows = [{"text": text} for text in texts]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "a.jsonl").write_bytes(lines.encode())
+    (folder / "b.json").write_text(json.dumps(rows), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "c.parquet")
+    with (folder / "d.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        writer.writerows([["text"], *([text] for text in texts)])
+    for name in ("a.jsonl", "b.json", "c.parquet", "d.csv"):
+        assert [row.text for row in read([source(folder / name)]).rows] == texts, name
