@@ -98,6 +98,7 @@ def build() -> App:
         help_format="plaintext",
         help_formatter=Formatter(),
         version=f"kitaeru {__version__}",
+        suppress_keyboard_interrupt=False,
         default_parameter=Parameter(negative_iterable=()),
         group_commands=Group(tr("Commands"), sort_key=0),
         group_arguments=Group(tr("Arguments"), sort_key=1),

@@ -40,7 +40,7 @@ def explain(path: str = "") -> Explanation:
         )
     spec = table().get(path)
     if spec is None:
-        close = nearest(path, table())
+        close = nearest(path, table()) if "." in path else None
         remedy = tr("Did you mean `{name}`?", name=close) if close else unknown_key(tuple(path.split(".")))[1]
         raise UsageError(tr("There is no field `{path}` in a recipe.", path=path), remedy=remedy)
     return Explanation(path, type_text(spec), _default(spec), tr(spec.description), example(spec), _inside(path))

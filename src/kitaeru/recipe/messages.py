@@ -94,8 +94,10 @@ def nearest(name: str, names: Collection[str]) -> str | None:
 
 
 def spec_at(key: Key) -> FieldSpec | None:
-    """The field a key leads to; elements of a list share the list's field."""
-    return table().get(".".join(part for part in key if isinstance(part, str)))
+    """The field a key leads to; elements of a list and values of a mapping share its field."""
+    path = ".".join(part for part in key if isinstance(part, str))
+    outer = table().get(path.rpartition(".")[0])
+    return table().get(path) or (outer if outer is not None and outer.kind == "mapping" else None)
 
 
 def describe(error: ErrorDetails, key: Key) -> tuple[str, str]:

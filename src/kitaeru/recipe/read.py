@@ -293,13 +293,15 @@ def _preset_layer(name: str, at: Problem) -> _Layer:
 
 def _validated(merged: _Merged) -> Effective:
     problems = list(merged.problems)
+    known = {(p.path, p.line) for p in problems}
     wrong: set[Key] = set()
     recipe, errors = _attempt(merged.values)
     for error in errors:
         key = tuple(error["loc"])
         wrong.add(key)
-        if error["type"] != "missing" or not merged.torn:
-            problems.append(_problem(merged.origins, key, *describe(error, key)))
+        problem = _problem(merged.origins, key, *describe(error, key))
+        if (error["type"] != "missing" or not merged.torn) and (problem.path, problem.line) not in known:
+            problems.append(problem)
     if recipe is None:  # look for clashes among the values that are right
         recipe, _ = _attempt(_without(merged.values, wrong))
     origins = _leaf_origins(merged.origins)
@@ -320,7 +322,10 @@ def _attempt(values: dict[str, Any]) -> tuple[Recipe | None, list[ErrorDetails]]
     try:
         return Recipe.model_validate(values), []
     except ValidationError as error:
-        return None, error.errors(include_url=False)
+        errors = error.errors(include_url=False)
+        # pydantic counts only the right elements of a list: with a wrong one it is "too short" as well.
+        inner = {tuple(e["loc"][:-1]) for e in errors} | {tuple(e["loc"][:-2]) for e in errors}
+        return None, [e for e in errors if e["type"] != "too_short" or tuple(e["loc"]) not in inner]
 
 
 def _without(values: dict[str, Any], wrong: set[Key]) -> dict[str, Any]:

@@ -23,16 +23,16 @@ def schema() -> dict[str, Any]:
     _short_forms(value, definitions)
     _nullable(value, definitions)
     value["properties"]["preset"]["examples"] = list(PRESETS)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "kitaeru recipe", **value}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **value, "title": "kitaeru recipe"}
 
 
 def _describe(schema: dict[str, Any], section: type[Section]) -> None:
     for name, field in schema["properties"].items():
         field.pop("title", None)
-        info = section.model_fields[name]
+        description = section.model_fields[name].description or ""
         if "$ref" in field:
             field.pop("default", None)  # a section's default is that of its fields
-        field["description"] = tr(info.description or "")
+        field["description"] = tr(description)
 
 
 def _short_forms(value: dict[str, Any], definitions: dict[str, Any]) -> None:

@@ -125,20 +125,22 @@ class _Reader:
 
 def _syntax_problem(error: YAMLError, text: str, source: str) -> Problem:
     mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+    if isinstance(error, MarkedYAMLError) and any(w in str(error.context) for w in ("flow", "quoted", "simple key")):
+        mark = error.context_mark or mark  # where the bracket, quote or key that never ends begins
     line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
     detail = str(getattr(error, "problem", "") or getattr(error, "reason", "") or error).splitlines()[0]
     what = tr("this is not YAML (column {column}): {detail}", column=column, detail=detail)
-    return Problem("", what, _syntax_remedy(text, line), source, line)
+    return Problem("", what, _syntax_remedy(text, line, detail), source, line)
 
 
-def _syntax_remedy(text: str, line: int) -> str:
+def _syntax_remedy(text: str, line: int, detail: str) -> str:
     lines = text.splitlines()
     here = lines[line - 1] if 0 < line <= len(lines) else ""
     if "\t" in here:
         return tr("Indent with spaces, not with a tab.")
     if wide := next((c for c in "：　“”［］｛｝，" if c in here), None):
         return tr("The line has a full-width “{character}”; YAML needs the half-width one.", character=wide)
-    if here.count(": ") > 1:
+    if "mapping values" in detail and here.count(": ") > 1:
         return tr('Put a text that contains ": " in quotes.')
     return tr("Check the quotes, brackets and indentation on this line and the one before.")
 
