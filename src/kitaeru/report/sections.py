@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
@@ -81,8 +82,10 @@ def data(past: History, plan: Plan | None) -> str:
     if plan:
         parts.append(_sources(plan))
     train = splits.get("train") or next(iter(splits.values()))
-    columns = [bars(tr("Length of examples, in tokens"), train.length_histogram)]
-    left_out = {reason: count for event in splits.values() for reason, count in event.left_out.items()}
+    columns = [bars(tr("Length of examples, in tokens"), _lengths(train))]
+    left_out: Counter[str] = Counter()
+    for event in splits.values():
+        left_out.update(event.left_out)
     columns.append(bars(tr("Left out or changed"), left_out))
     columns = [column for column in columns if column]
     if columns:
@@ -188,7 +191,7 @@ def _cards(past: History, plan: Plan | None) -> list[str]:
     if steps:
         share = sum(s.trained_tokens for s in steps) / max(1, past.tokens)
         cards.append(card(tr("Tokens"), count_text(past.tokens), tr("{share} trained", share=percent_text(share))))
-        cards.append(card(tr("Speed"), tr("{count} tokens/s", count=count_text(past.tokens_per_second)), tr("median")))
+        cards.append(card(tr("Speed"), count_text(past.tokens_per_second), tr("tokens/s, median of the steps")))
         cards.append(card(tr("Peak memory"), bytes_text(past.peak_bytes), _against(past.peak_bytes, plan)))
     cards.append(card(tr("Time"), duration_text(past.seconds), _starts(past)))
     if started and started.total_parameters:
@@ -252,6 +255,11 @@ def _answer(look: str, label: str, text: str | None) -> str:
         f'<div class="a {look}"><span class="label">{escape(label)}</span>'
         f"<span{lang(shown)}>{escape(shown)}</span></div>"
     )
+
+
+def _lengths(event: DataReady) -> dict[str, int]:
+    """A bar named by a number alone holds examples of at most so many tokens."""
+    return {f"≤ {count_text(int(name))}" if name.isdigit() else name: n for name, n in event.length_histogram.items()}
 
 
 def _counts(event: DataReady) -> list[str]:

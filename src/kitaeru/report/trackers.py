@@ -17,7 +17,6 @@ from kitaeru.events import Event, Notice
 from kitaeru.i18n import tr
 from kitaeru.recipe.types import TrackSection
 
-_CLOSE_SECONDS = 60.0
 _QUEUED = 10_000
 
 Notify = Callable[[Notice], None]
@@ -64,7 +63,7 @@ def trackers(
         (section.trackio, hosted.Trackio),
     ):
         if project is not None:
-            found.append(Background(Guarded(make(project, run_dir, config, tell), tell)))
+            found.append(Background(Guarded(make(project, run_dir, config, tell), tell), tell))
     return found
 
 
@@ -109,9 +108,11 @@ class Guarded:
 class Background:
     """A tracker in a thread of its own: a slow network delays its numbers, never the training."""
 
-    def __init__(self, tracker: Tracker) -> None:
+    def __init__(self, tracker: Tracker, tell: Notify, close_seconds: float = 60.0) -> None:
         self.name = tracker.name
         self._tracker = tracker
+        self._tell = tell
+        self._close_seconds = close_seconds
         self._queue: queue.Queue[Event | None] = queue.Queue(_QUEUED)
         self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.name}", daemon=True)
         self._thread.start()
@@ -124,12 +125,15 @@ class Background:
             return
 
     def close(self) -> None:
-        """Wait for what is queued, a minute at most."""
+        """Wait for what is queued, a minute at most; say so when that was not enough."""
         try:
-            self._queue.put(None, timeout=_CLOSE_SECONDS)
+            self._queue.put(None, timeout=self._close_seconds)
+            self._thread.join(self._close_seconds)
         except queue.Full:
-            return
-        self._thread.join(_CLOSE_SECONDS)
+            pass
+        if self._thread.is_alive():
+            text = tr("{tracker} answers too slowly: it did not get the last numbers.", tracker=self.name)
+            self._tell(Notice(level="warning", text=text))
 
     def _work(self) -> None:
         while (event := self._queue.get()) is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kitaeru.events import RunStarted
 from kitaeru.i18n import tr
+from kitaeru.plan.memory import ITEMS
 from kitaeru.plan.types import Layout
 
 _NOTHING = "—"
@@ -164,9 +165,9 @@ def _three_digits(value: float) -> str:
 
 
 def item_text(item: str) -> str:
-    """The name of a memory item of the plan, in words.
+    """A memory item of the plan, in words.
 
-    >>> item_text("base_weights")
-    'base weights'
+    >>> item_text("process"), item_text("of_a_later_version")
+    ('Python and its libraries', 'of a later version')
     """
-    return item.replace("_", " ")
+    return tr(ITEMS[item]) if item in ITEMS else item.replace("_", " ")

@@ -56,7 +56,8 @@ def recipe(steps: int) -> Recipe:
 
 def plan(steps: int) -> Plan:
     layout = Layout("single", "lora", "none", "fp32", "keep", 2048, "cpu")
-    memory = {"base_weights": 38_200_000, "adapter": 2_100_000, "optimizer": 4_200_000, "activations": 312_000_000}
+    memory = {"weights": 38_200_000, "adapter": 2_100_000, "optimizer": 4_200_000, "activations": 182_000_000,
+              "head": 130_000_000, "quantization": 0}  # fmt: skip
     rival = Layout("single", "full", "none", "fp32", "keep", 2048, "cpu")
     return Plan(
         recipe=recipe(steps),
@@ -90,7 +91,7 @@ def started(steps: int, resumed: int = 0, at: float = T0) -> RunStarted:
 
 
 def data() -> list[Event]:
-    histogram = {"0-63": 812, "64-127": 1403, "128-191": 701, "192-255": 233, "256-511": 51}
+    histogram = {"32": 812, "64": 1403, "128": 701, "256": 233, "512": 51}
     return [
         DataReady(time=T0 + 1, split="train", examples=3200, tokens=331_204, trained_tokens=171_034, longest=498,
                   left_out={"longer than seq_len: truncated": 12, "duplicate": 3}, characters=512_345,

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -151,7 +150,8 @@ def test_a_slow_tracker_does_not_hold_up_training() -> None:
             Slow.closed = True
 
     inner: Tracker = Slow()
-    tracker = Background(inner)
+    notices: list[Notice] = []
+    tracker = Background(inner, notices.append)
     events = [Notice(level="info", text=str(n)) for n in range(100)]
     for event in events:
         tracker(event)  # would deadlock here if it waited
@@ -160,6 +160,28 @@ def test_a_slow_tracker_does_not_hold_up_training() -> None:
     tracker.close()
     assert seen == events
     assert Slow.closed
+    assert notices == []
+
+
+def test_a_tracker_that_never_answers_is_told_and_left_behind() -> None:
+    gate = threading.Event()
+
+    class Stuck:
+        name = "stuck"
+
+        def __call__(self, event: Event) -> None:
+            gate.wait(20)
+
+        def close(self) -> None:
+            return None
+
+    notices: list[Notice] = []
+    tracker = Background(Stuck(), notices.append, close_seconds=0.05)
+    tracker(Notice(level="info", text="x"))
+    tracker.close()
+    gate.set()
+    assert [notice.level for notice in notices] == ["warning"]
+    assert "stuck" in notices[0].text
 
 
 def test_mlflow_in_a_local_store(made: ModuleType, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +211,7 @@ def test_wandb_offline(made: ModuleType, run_dir: Path, monkeypatch: pytest.Monk
 
 
 def test_trackio_locally(made: ModuleType, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "trackio" not in sys.modules:
-        monkeypatch.setitem(os.environ, "TRACKIO_DIR", str(run_dir / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(run_dir / "trackio"))
     pytest.importorskip("trackio")
     section = TrackSection(tensorboard=False, trackio="project")
     assert follow([made.started(60), *made.events(60), *made.finish(60)], run_dir, section) == []
