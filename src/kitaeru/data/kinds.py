@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kitaeru.data.turns import BadRow, Turns, read_turns, type_name
+from kitaeru.data.turns import BadRow, Turns, read_turns, type_name, whole
 from kitaeru.data.types import Origin, Row
 from kitaeru.i18n import N_, tr
 
@@ -181,7 +181,7 @@ def _conversation(row: Mapping[str, Any], origin: Origin, names: Turns, usual: s
     messages = read_turns(_maybe_json(row[key]), key, names)
     system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+        messages.insert(0, {"role": "system", "content": whole(system, "system")})
     _require_answer(messages, key)
     return Row(origin, messages=tuple(messages), tools=_tools(row))
 
@@ -230,7 +230,8 @@ def _history(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise BadRow(f"history[{index}]", tr("expected a [question, answer] pair of strings"))
         if not pair[1].strip():
             raise BadRow(f"history[{index}][1]", tr("the assistant's turn is empty"))
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        asked, answered = (whole(text, f"history[{index}]") for text in pair)
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     return messages
 
 
@@ -268,7 +269,7 @@ def _string(row: Mapping[str, Any], key: str) -> str:
     value = row[key]
     if not isinstance(value, str):
         raise BadRow(key, tr("expected a string, found {found}", found=type_name(value)))
-    return value
+    return whole(value, key)
 
 
 def _filled(row: Mapping[str, Any], key: str) -> str:

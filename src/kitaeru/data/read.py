@@ -51,7 +51,9 @@ class Skipped:
             "problem": self.problem,
             "raw": self.raw,
         }
-        return json.dumps(value, ensure_ascii=False, default=str)
+        line = json.dumps(value, ensure_ascii=False, default=str)
+        # A lone surrogate may be the very problem; it can only be written escaped.
+        return line if _encodable(line) else json.dumps(value, default=str)
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,14 @@ class _SourceReader:
                 ),
             )
         self.bad.append(row)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _head(records: Iterator[Record]) -> list[Record]:

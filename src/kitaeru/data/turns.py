@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ ROLES = {
     "function_response": "tool",
     "function_call": "assistant",
 }
+_HALF = re.compile("[\ud800-\udfff]")
 _KEPT = ("name", "tool_call_id", "reasoning_content", "weight")
 
 
@@ -52,6 +54,17 @@ def type_name(value: Any) -> str:
         return "object"
     names = {str: "string", bool: "boolean", int: "number", float: "number", list: "array", tuple: "array"}
     return names.get(type(value), type(value).__name__)
+
+
+def whole(text: str, place: str) -> str:
+    """`text` itself, which JSON's \\ud83d-like escapes may have left with half a character no tokenizer can take.
+
+    Raises:
+        BadRow: it has such a half.
+    """
+    if _HALF.search(text):
+        raise BadRow(place, tr("the text holds half of a character (a lone surrogate such as \\ud83d)"))
+    return text
 
 
 def read_turns(value: Any, key: str, names: Turns) -> list[dict[str, Any]]:
@@ -104,7 +117,7 @@ def _role(role: Any, place: str) -> str:
 
 def _content(content: Any, place: str, *, null_allowed: bool) -> str:
     if isinstance(content, str):
-        return content
+        return whole(content, place)
     if content is None and null_allowed:
         return ""
     if isinstance(content, list):
@@ -114,7 +127,7 @@ def _content(content: Any, place: str, *, null_allowed: bool) -> str:
 
 def _part(part: Any, place: str) -> str:
     if isinstance(part, str):
-        return part
+        return whole(part, place)
     if not isinstance(part, Mapping):
         raise BadRow(place, tr("expected a text part, found {found}", found=type_name(part)))
     if part.get("type", "text") != "text":
@@ -122,7 +135,7 @@ def _part(part: Any, place: str) -> str:
     text = part.get("text")
     if not isinstance(text, str):
         raise BadRow(f"{place}.text", tr("expected a string, found {found}", found=type_name(text)))
-    return text
+    return whole(text, f"{place}.text")
 
 
 def _calls(calls: Any, role: str, place: str) -> list[dict[str, Any]]:
@@ -156,6 +169,7 @@ def _arguments(arguments: Any, place: str) -> dict[str, Any]:
         return {}
     if not isinstance(arguments, Mapping):
         raise BadRow(place, tr("expected an object, found {found}", found=type_name(arguments)))
+    whole(json.dumps(arguments, ensure_ascii=False, default=str), place)
     return dict(arguments)
 
 

@@ -122,3 +122,15 @@ def test_unrecognised_rows_stop_with_their_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="question, answer") as caught:
         read([source], on_bad_row="skip")
     assert "columns: {prompt: question, completion: answer}" in (caught.value.remedy or "")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_character_is_a_bad_row_and_can_be_written_out(tmp_path: Path, name: str) -> None:
+    half = {"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "答"}]}
+    path = tmp_path / name
+    lines = [json.dumps(GOOD), json.dumps(half)]
+    path.write_text("[" + ",".join(lines) + "]" if name.endswith(".json") else "\n".join(lines))
+    reading = read([SourceSection(path=str(path))], on_bad_row="skip", bad_rows=tmp_path / "bad.jsonl")
+    assert [bad.key for bad in reading.bad] == ["messages[0].content"]
+    raw = json.loads((tmp_path / "bad.jsonl").read_text(encoding="utf-8"))["raw"]
+    assert (json.loads(raw) if isinstance(raw, str) else raw) == half
