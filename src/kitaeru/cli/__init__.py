@@ -43,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(words: list[str]) -> int:
     from cyclopts import CycloptsError
 
-    from kitaeru.cli.mistakes import usage_error
     from kitaeru.cli.text import console
     from kitaeru.cli.verbs import build, called
 
@@ -58,6 +57,8 @@ def _dispatch(words: list[str]) -> int:
             result_action="return_value",
         )
     except CycloptsError as error:
+        from kitaeru.cli.mistakes import usage_error
+
         raise usage_error(error, *called(words)) from error
     sys.stdout.flush()
     return result if isinstance(result, int) else 0

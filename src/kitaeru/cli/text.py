@@ -29,8 +29,12 @@ def print_hanging(out: Console, line: str, *, style: str = "") -> None:
     if not out.is_terminal:
         out.print(Text(line), soft_wrap=True)
         return
+    text = Text(body.removeprefix(head), style=style)
+    if not indent and not head:
+        out.print(text)
+        return
     grid = Table.grid()
     grid.add_column(width=indent + len(head), no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row(Text(" " * indent + head, style="green"), Text(body.removeprefix(head), style=style))
+    grid.add_row(Text(" " * indent + head, style="green"), text)
     out.print(grid)

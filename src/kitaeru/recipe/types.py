@@ -80,7 +80,8 @@ class SourceSection(Section):
 
     path: str = Field(
         description=N_(
-            "A file (.json, .jsonl, .csv, .parquet, .txt, also .gz and .zst), a folder of such files, or a Hub data set id."
+            "A file (.json, .jsonl, .csv, .parquet, .txt, also .gz and .zst), a folder of such files, or a Hub data set id. "
+            "In a recipe file a path is looked for beside the file first, then from the current folder."
         )
     )
     kind: RowKind = Field("auto", description=N_("The form of the rows; `auto` looks at them and says what it found."))
