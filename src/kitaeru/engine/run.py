@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from kitaeru.i18n import tr
 from kitaeru.machine.probe import probe
 from kitaeru.model.generate import Sampling, answer
 from kitaeru.model.load import config_dict, load_config
+from kitaeru.model.quiet import quiet_libraries
 from kitaeru.model.tokenizer import load_tokenizer
 from kitaeru.plan.choose import default_seq_len, make_plan
 from kitaeru.plan.types import Plan
@@ -70,6 +71,7 @@ def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None) -
     Raises:
         KitaeruError: the subclass says what is wrong; nothing is written but the token cache and skipped rows.
     """
+    quiet_libraries()
     folder = run_folder(wish)
     earlier = _earlier(folder, wish, resume)
     config = load_config(wish.model)
@@ -77,8 +79,7 @@ def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None) -
     tokenizer = load_tokenizer(wish.model)
     seq_len = default_seq_len(wish, shape)
     data = prepare_data(wish, tokenizer, seq_len=seq_len, bad_rows=folder / "bad_rows.jsonl", progress=phase)
-    facts = replace(data.train.facts, valid_examples=0 if data.valid is None else len(data.valid))
-    plan = earlier if earlier is not None else make_plan(wish, probe(), shape, facts)
+    plan = earlier if earlier is not None else make_plan(wish, probe(), shape, data.facts)
     notices: list[str] = []
     resume_from = None
     if resume:

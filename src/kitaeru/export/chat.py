@@ -17,6 +17,7 @@ from kitaeru.errors import ModelError
 from kitaeru.i18n import tr
 from kitaeru.model.generate import Sampling, answer
 from kitaeru.model.load import load_model
+from kitaeru.model.quiet import quiet_libraries
 from kitaeru.model.tokenizer import load_tokenizer
 from kitaeru.plan.types import Layout, Plan
 from kitaeru.recipe.types import ModelSection
@@ -87,6 +88,7 @@ def open_chat(target: str, *, compare: bool = False, quantize: str | None = None
     Raises:
         ModelError: nothing to talk to there.
     """
+    quiet_libraries()
     folder = Path(target)
     if (folder / "plan.json").exists():
         return _open_run(folder, compare, quantize)

@@ -66,7 +66,7 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
     if layout.base != "none":
         options["quantization_config"] = _quantisation(layout)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             revision=section.revision,
@@ -79,6 +79,19 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
         raise
     except Exception as error:
         raise _not_loaded(section, error) from error
+    if layout.base == "nf4" and layout.device == "cpu":
+        _keep_trainable_packing(loaded)
+    return loaded
+
+
+def _keep_trainable_packing(model: PreTrainedModel) -> None:
+    """Forbid bitsandbytes its inference-only layout of 4-bit weights on CPUs with AVX512-BF16.
+
+    It repacks the weights at the first evaluation, and from then on gradients end silently at each such layer.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _attention(section: ModelSection, config: PretrainedConfig) -> str:
