@@ -47,7 +47,10 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class DataReady(Event):
-    """What was read: examples, tokens, share of tokens that are trained, and what was left out and why."""
+    """What was read: examples, tokens, share of tokens that are trained, and what was left out and why.
+
+    `kinds` says, for each source as the recipe names it, what form its rows were found to have.
+    """
 
     kind: ClassVar[str] = "data_ready"
     split: str
@@ -59,6 +62,7 @@ class DataReady(Event):
     left_out: dict[str, int] = field(default_factory=dict)
     length_histogram: dict[str, int] = field(default_factory=dict)
     cached: bool = False
+    kinds: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

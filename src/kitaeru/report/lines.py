@@ -79,6 +79,8 @@ def _data(event: DataReady) -> Text:
         share=percent_text(event.trained_tokens / event.tokens) if event.tokens else "—",
         longest=count_text(event.longest),
     )
+    if event.kinds:
+        line += " · " + ", ".join(f"{clean(path)}: {clean(kind)}" for path, kind in event.kinds.items())
     if event.left_out:
         reasons = ", ".join(f"{clean(reason)}: {count_text(count)}" for reason, count in event.left_out.items())
         line += " · " + tr("left out: {reasons}", reasons=reasons)

@@ -80,7 +80,7 @@ def data(past: History, plan: Plan | None) -> str:
     rows = [[names.get(name, name), *_counts(event)] for name, event in splits.items()]
     parts = [table(head, rows, numbers=range(1, 6))]
     if plan:
-        parts.append(_sources(plan))
+        parts.append(_sources(plan, splits))
     train = splits.get("train") or next(iter(splits.values()))
     columns = [bars(tr("Length of examples, in tokens"), _lengths(train))]
     left_out: Counter[str] = Counter()
@@ -273,11 +273,11 @@ def _counts(event: DataReady) -> list[str]:
     ]
 
 
-def _sources(plan: Plan) -> str:
-    found = [(tr("training"), s) for s in plan.recipe.data.train] + [
-        (tr("validation"), s) for s in plan.recipe.data.valid
-    ]
-    rows = [[source.path, split, source.kind, f"{source.weight:g}"] for split, source in found]
+def _sources(plan: Plan, splits: dict[str, DataReady]) -> str:
+    kinds = {path: kind for event in splits.values() for path, kind in event.kinds.items()}
+    data = plan.recipe.data
+    used = [(tr("training"), source) for source in data.train] + [(tr("validation"), source) for source in data.valid]
+    rows = [[s.path, split, kinds.get(s.path, s.kind), f"{s.weight:g}"] for split, s in used]
     head = (tr("source"), tr("used for"), tr("kind"), tr("weight"))
     return f"<h3>{escape(tr('Sources'))}</h3>" + table(head, rows, numbers=(3,))
 

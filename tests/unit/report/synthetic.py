@@ -95,7 +95,7 @@ def data() -> list[Event]:
     return [
         DataReady(time=T0 + 1, split="train", examples=3200, tokens=331_204, trained_tokens=171_034, longest=498,
                   left_out={"longer than seq_len: truncated": 12, "duplicate": 3}, characters=512_345,
-                  length_histogram=histogram),
+                  length_histogram=histogram, kinds={"instructions.jsonl": "alpaca"}),
         DataReady(time=T0 + 1, split="valid", examples=160, tokens=16_431, trained_tokens=8_610, longest=402,
                   characters=25_418),
     ]  # fmt: skip

@@ -1,7 +1,15 @@
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -196,3 +204,49 @@ def test_the_plan_is_shown_with_its_reasons(made: ModuleType) -> None:
     live_view(console).show_plan(plan)
     for decision in plan.decisions:
         assert decision.why in file.getvalue()
+
+
+SCRIPT = """
+import sys, time
+from rich.console import Console
+from kitaeru.events import Notice, RunStarted, Step
+from kitaeru.report import live_view
+
+console = Console()
+with live_view(console) as view:
+    view.phase("Tokenising", 1, 2)
+    view(RunStarted(run="runs/東京", model="m", method="lora", strategy="single", device="cpu", max_steps=3))
+    for n in (1, 2, 3):
+        view(Step(step=n, loss=3.0 - n, tokens=9, trained_tokens=9, tokens_per_second=9.0, learning_rate=1e-4,
+                  grad_norm=1.0, peak_bytes=10**9, epoch=0.1, seconds=0.1))
+        time.sleep(0.3)
+        print("a library prints", n)
+    if "interrupt" in sys.argv:
+        raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize("how", ["finish", "interrupt"])
+def test_in_a_real_terminal(how: str) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+    environment.pop("COLUMNS", None)
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, how], stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    chunks: list[bytes] = []
+    with contextlib.suppress(OSError):  # Linux ends a terminal whose other side is closed with EIO
+        while chunk := os.read(master, 65536):
+            chunks.append(chunk)
+    os.close(master)
+    assert (process.wait(60) == 0) == (how == "finish")
+    raw = b"".join(chunks).decode()
+    text = ESCAPES.sub("", raw)
+    assert "東京" in text
+    assert "1/3" in text
+    assert "3/3" in text
+    assert all(f"a library prints {n}" in text for n in (1, 2, 3))
+    assert max(cell_len(line) for line in re.split(r"[\r\n]+", text) if "Error" not in line) <= 80
+    # The cursor was hidden and is shown again, whatever happened.
+    assert "\x1b[?25l" in raw
+    assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l")

@@ -82,6 +82,8 @@ def test_a_finished_run_has_every_section(run_dir: Path) -> None:
     assert "checkpoints/step-000048" in text
     assert "torch 2.13.0" in text
     assert "the optimizer's moments" in text
+    assert "instructions.jsonl training alpaca 1" in text  # the form that was found, not "auto"
+    assert "≤ 64 1,403" in text
     assert outline.tags.count("svg") == 5
 
 
