@@ -16,6 +16,7 @@ from kitaeru.report.wording import (
     loss_text,
     outcome_text,
     percent_text,
+    split_text,
     value_text,
 )
 
@@ -50,14 +51,14 @@ def event_line(event: Event) -> Text | None:
 
 
 def plan_lines(plan: Plan) -> list[Text]:
-    """What will happen, its predicted memory, and every value that was decided, with why."""
+    """What will happen; below it (to be set in) its predicted memory, and every value that was decided, with why."""
     lines = [
         Text.assemble((tr("Plan: "), "bold"), layout_text(plan.layout)),
-        Text(tr("  predicted peak memory {size}", size=bytes_text(plan.chosen.peak_bytes)), style="dim"),
+        Text(tr("predicted peak memory {size}", size=bytes_text(plan.chosen.peak_bytes)), style="dim"),
     ]
     for decision in plan.decisions:
-        line = Text("  ").append(f"{decision.path} = {value_text(decision.value)}", style="cyan")
-        lines.append(line.append(f"  {clean(decision.why)}", style="dim"))
+        value = f"{decision.path} = {value_text(decision.value)}"
+        lines.append(Text.assemble((value, "cyan"), (f"  {clean(decision.why)}", "dim")))
     return lines
 
 
@@ -73,7 +74,7 @@ def _notice(event: Notice) -> Text:
 def _data(event: DataReady) -> Text:
     line = tr(
         "data ({split}): {examples} examples, {tokens} tokens, {share} trained, longest {longest}",
-        split=clean(event.split),
+        split=split_text(event.split),
         examples=count_text(event.examples),
         tokens=count_text(event.tokens),
         share=percent_text(event.trained_tokens / event.tokens) if event.tokens else "—",

@@ -9,6 +9,7 @@ from typing import Protocol, Self
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -101,8 +102,10 @@ class LiveView:
 
     def show_plan(self, plan: Plan) -> None:
         """Print the plan above the display."""
-        for line in plan_lines(plan):
-            self._console.print(line)
+        first, *rest = plan_lines(plan)
+        self._console.print(first)
+        for line in rest:
+            self._console.print(Padding(line, (0, 0, 0, 2)))
 
     def render(self) -> RenderableType:
         """The display now."""

@@ -72,8 +72,10 @@ class PlainView:
 
     def show_plan(self, plan: Plan) -> None:
         """Write the plan."""
-        for line in plan_lines(plan):
-            self._write(line.plain)
+        first, *rest = plan_lines(plan)
+        self._write(first.plain)
+        for line in rest:
+            self._write("  " + line.plain)
 
     def _step(self, step: Step) -> None:
         now = time.monotonic()

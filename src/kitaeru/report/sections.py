@@ -23,6 +23,7 @@ from kitaeru.report.wording import (
     number_text,
     percent_text,
     rate_text,
+    split_text,
     value_text,
 )
 
@@ -52,6 +53,7 @@ def curves(past: History, plan: Plan | None) -> str:
             tr("Learning rate"),
             [over_steps(tr("Learning rate"), (s.learning_rate for s in steps))],
             rate_text,
+            split_text,
             x,
             True,
             False,
@@ -75,9 +77,8 @@ def data(past: History, plan: Plan | None) -> str:
     splits = past.data
     if not splits:
         return ""
-    names = {"train": tr("training"), "valid": tr("validation")}
     head = ("", tr("examples"), tr("tokens"), tr("trained"), tr("longest"), tr("characters per token"))
-    rows = [[names.get(name, name), *_counts(event)] for name, event in splits.items()]
+    rows = [[split_text(name), *_counts(event)] for name, event in splits.items()]
     parts = [table(head, rows, numbers=range(1, 6))]
     if plan:
         parts.append(_sources(plan, splits))

@@ -124,6 +124,11 @@ def clean(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
+def split_text(split: str) -> str:
+    """What a part of the data is for, in words."""
+    return {"train": tr("training"), "valid": tr("validation")}.get(split, clean(split))
+
+
 def run_name(started: RunStarted) -> str:
     """The name of a run: the last part of its folder."""
     return clean(Path(started.run).name or started.run)

@@ -216,3 +216,13 @@ def test_the_verb_refuses_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         verb.run(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from kitaeru.cli import main
+
+    assert main(["report", str(run_dir), "--no-open", "--json", "--lang", "ja"]) == 0
+    assert json.loads(capsys.readouterr().out)["outcome"] == "finished"
+    assert '<html lang="ja">' in (run_dir / "report.html").read_text(encoding="utf-8")
+    assert main(["report", str(run_dir / "nowhere"), "--lang", "en"]) == 2
+    assert "events.jsonl" in capsys.readouterr().err
