@@ -53,7 +53,6 @@ def curves(past: History, plan: Plan | None) -> str:
             tr("Learning rate"),
             [over_steps(tr("Learning rate"), (s.learning_rate for s in steps))],
             rate_text,
-            split_text,
             x,
             True,
             False,
