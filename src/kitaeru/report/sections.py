@@ -54,12 +54,12 @@ def curves(past: History, plan: Plan | None) -> str:
             [over_steps(tr("Learning rate"), (s.learning_rate for s in steps))],
             rate_text,
             x,
-            True,
-            False,
+            from_zero=True,
+            plain=False,
         ),
-        Chart(tr("Speed (tokens/s)"), _with_smoothed(over_steps, speed), count_text, x, True),
-        Chart(tr("Peak memory"), memory, bytes_text, x, True, False),
-        Chart(tr("Gradient norm"), _with_smoothed(over_steps, norms), number_text, x, True),
+        Chart(tr("Speed (tokens/s)"), _with_smoothed(over_steps, speed), count_text, x, from_zero=True),
+        Chart(tr("Peak memory"), memory, bytes_text, x, from_zero=True, plain=False),
+        Chart(tr("Gradient norm"), _with_smoothed(over_steps, norms), number_text, x, from_zero=True),
     )
     drawn = "".join(figure(chart) for chart in charts)
     return section(tr("Curves"), f'<div class="charts">{drawn}</div>') if drawn else ""
