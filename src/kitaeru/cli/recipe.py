@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from kitaeru.cli.planned import Settled, recorded, settle, work_out
 from kitaeru.cli.text import console
 from kitaeru.files import write_atomic
 from kitaeru.i18n import N_, tr
@@ -19,7 +20,7 @@ from kitaeru.recipe import explain as explaining
 from kitaeru.recipe import presets as packaged
 from kitaeru.recipe import schema as schemas
 from kitaeru.recipe.fields import leaves, table, value_at
-from kitaeru.recipe.read import Effective, Origin, read
+from kitaeru.recipe.read import Origin, read
 from kitaeru.recipe.yamltext import inline
 
 SetOption = Annotated[
@@ -32,15 +33,24 @@ def show(
     recipe: Annotated[Path, Parameter(help=N_("A recipe, or the folder of a run."))],
     *,
     set_: SetOption = None,
+    plan: Annotated[
+        bool, Parameter(negative="", help=N_("Read the data and show what the planner decides, too. Takes seconds."))
+    ] = False,
     json_: JsonOption = False,
 ) -> int:
     """Every value in force and where it came from."""
     path = recipe / "recipe.yaml" if (recipe / "recipe.yaml").is_file() else recipe
     effective = read(path, overrides=set_ or ())
+    made = work_out(effective.recipe) if plan else None if set_ else recorded(path)
+    settled = settle(effective, made)
     if json_:
-        print(json.dumps(_as_json(effective), ensure_ascii=False, indent=2))
-    else:
-        _show_table(console(), effective)
+        print(json.dumps(_as_json(settled), ensure_ascii=False, indent=2))
+        return 0
+    out = console()
+    _show_table(out, settled)
+    if not settled.complete:
+        out.print()
+        out.print(Text(tr("The planner decides when it has read the data; `--plan` shows it now."), style="dim"))
     return 0
 
 
@@ -90,16 +100,17 @@ def presets() -> int:
     return 0
 
 
-def _as_json(effective: Effective) -> dict[str, Any]:
-    plain = effective.recipe.model_dump(mode="json")
+def _as_json(settled: Settled) -> dict[str, Any]:
+    plain = settled.recipe.model_dump(mode="json")
 
     def origin(value: Origin) -> dict[str, Any]:
         return {"kind": value.kind, "source": value.source, "line": value.line}
 
-    return {"recipe": plain, "origins": {path: origin(value) for path, value in effective.origins.items()}}
+    origins = {path: origin(value) for path, value in settled.origins.items()}
+    return {"recipe": plain, "origins": origins, "why": settled.why}
 
 
-def _show_table(out: Console, effective: Effective) -> None:
+def _show_table(out: Console, settled: Settled) -> None:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold", ratio=1)
@@ -110,12 +121,14 @@ def _show_table(out: Console, effective: Effective) -> None:
         if head and head != section:
             grid.add_row(Text(head, style="bold"))
         section = head
-        origin = effective.origins[spec.path]
+        origin = settled.origins[spec.path]
         style = "dim" if origin.kind == "default" else ""
-        value = _shown(value_at(effective.recipe, spec.path))
+        value = _shown(value_at(settled.recipe, spec.path))
         grid.add_row(
             Text(("  " if dot else "") + spec.name, style), Text(value, style), Text(str(origin), style or "cyan")
         )
+        if why := settled.why.get(spec.path):
+            grid.add_row("", Text(why, style="italic dim"), "")
     out.print(grid)
 
 

@@ -20,7 +20,9 @@ from kitaeru.recipe.checks import check
 from kitaeru.recipe.fields import leaves, table
 from kitaeru.recipe.messages import describe, nearest
 from kitaeru.recipe.types import Recipe
-from kitaeru.recipe.yamltext import Key, Tree, dotted, parse, quoted
+from kitaeru.recipe.yamltext import Key, Tree, dotted, parse, quoted, to_yaml
+
+__all__ = ["Effective", "Origin", "OriginKind", "read", "to_yaml"]
 
 OriginKind = Literal["file", "flag", "preset", "default", "planner"]
 # Fields that name a file or folder which is there before the run; looked for beside the recipe first.
@@ -205,7 +207,9 @@ def _file_layer(path: Path) -> _Layer:
     except OSError as error:
         what = tr("the recipe cannot be read: {reason}", reason=error.strerror or str(error))
         raise RecipeError([Problem("", what, _file_remedy(path), source)]) from error
-    return _Layer(tree, "file", source, path.parent)
+    # The recipe in a run folder was read once: its paths are settled, and `model/` beside it is the run's result.
+    in_run = (path.parent / "plan.json").exists()
+    return _Layer(tree, "file", source, None if in_run else path.parent)
 
 
 def _file_remedy(path: Path) -> str:

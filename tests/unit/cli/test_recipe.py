@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from kitaeru.cli import main
+from kitaeru.plan.types import Candidate, Decision, Layout, Plan
 from kitaeru.recipe import presets
 from kitaeru.recipe.fields import leaves, table
+from kitaeru.recipe.read import read
+from kitaeru.recipe.types import Recipe
 
 GOOD = """\
 model: bundled
@@ -98,3 +101,41 @@ def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
     for name in presets.PRESETS:
         assert name in out
         assert "".join(presets.text(name).split()) in "".join(out.split())
+
+
+def test_show_names_what_the_planner_will_decide(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "show", str(recipe), "--set", "limits.device=cpu", "--set", "method=auto"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["micro_batch_tokens", "–", "planner"] in rows
+    assert ["method", "auto", "planner"] in rows
+    assert ["device", "cpu", "--set"] in rows
+    assert "`--plan` shows it now" in out
+
+
+def test_show_a_run_with_what_its_planner_decided(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wish = read(recipe).recipe
+    plain = wish.model_dump(mode="json")
+    plain["method"], plain["train"]["learning_rate"] = "lora", 2e-4
+    layout = Layout("single", "lora", "none", "fp32", "keep", 512, "cpu")
+    why = "usual for an adapter"
+    Plan(
+        recipe=Recipe.model_validate_json(json.dumps(plain)),
+        chosen=Candidate(layout, {"weights": 1}, 0, fits=True),
+        decisions=(Decision("train.learning_rate", 2e-4, why), Decision("method", "lora", "it fits")),
+    ).save(Path("plan.json"))
+    assert main(["recipe", "show", "."]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["learning_rate", "0.0002", "planner"] in rows
+    assert why.split() in rows
+    assert "--plan" not in out
+    assert main(["recipe", "show", ".", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["recipe"]["method"] == "lora"
+    assert value["why"] == {"train.learning_rate": why, "method": "it fits"}
+    assert value["origins"]["method"]["kind"] == "planner"
+    assert value["origins"]["data.train"]["kind"] == "file"
+    # Other values than those of the run: its plan says nothing about them.
+    assert main(["recipe", "show", ".", "--json", "--set", "train.seed=3"]) == 0
+    assert json.loads(capsys.readouterr().out)["why"] == {}

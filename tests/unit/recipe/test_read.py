@@ -160,6 +160,14 @@ def test_paths_beside_the_recipe_come_first(tmp_path: Path, monkeypatch: pytest.
     assert read(write(there, GOOD), values={"data.train": "both.jsonl"}).recipe.data.train[0].path == "both.jsonl"
 
 
+def test_beside_the_recipe_of_a_run_lie_results_not_sources(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    path = write(tmp_path, GOOD.replace("bundled", "model"))
+    assert read(path).recipe.model.name == str(tmp_path / "model")
+    (tmp_path / "plan.json").touch()
+    assert read(path).recipe.model.name == "model"
+
+
 # Mistakes
 
 

@@ -87,6 +87,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
 def test_round_trip(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("round", numbered=True)
     path = folder / "recipe.yaml"
+    (folder / "plan.json").touch()  # a run folder: paths are taken as they stand
     path.write_text(to_yaml(recipe), encoding="utf-8", newline="")
     try:
         back = read(path).recipe
