@@ -48,22 +48,29 @@ def train(effective: Effective, *, resume: bool = False, plain: bool = False) ->
         view.phase(tr("Starting"), 0, 0)
         prepared = engine.prepare(effective.recipe, resume=resume, phase=view.phase)
         view.show_plan(prepared.plan)
-        followers = trackers(prepared.plan.recipe.track, prepared.folder, effective.recipe.model_dump(mode="json"))
+        followers = trackers(
+            prepared.plan.recipe.track, prepared.folder, effective.recipe.model_dump(mode="json"), notify=view
+        )
         try:
             result = engine.train(prepared, [view, *followers], view.phase)
         finally:
             for follower in followers:
                 follower.close()
-            _page(prepared.folder)
+            _page(prepared.folder, console)
     print_samples(console, prepared.folder)
     print_summary(console, prepared.folder)
     return 0 if result.outcome in ("finished", "stopped_early") else 1
 
 
-def _page(folder: Path) -> None:
+def _page(folder: Path, console: Console) -> None:
     """The report is written whatever happened; a fault in it must not hide what happened."""
-    if (folder / "events.jsonl").exists():
+    if not (folder / "events.jsonl").exists():
+        return
+    try:
         write_page(folder)
+    except Exception as error:
+        text = tr("The report page could not be written: {error}", error=f"{type(error).__name__}: {error}")
+        console.print(text, style="yellow", markup=False)
 
 
 def _recipe(

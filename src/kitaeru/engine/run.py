@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,8 @@ def _ready(run: Run, emit: Listener, phase: Phase | None) -> tuple[Trainee, Loop
             total_parameters=_parameters(trainee),
         )
     )
-    emit(run.data.train.ready("train"))
+    kinds = {report.path: report.kind for report in run.data.reports}
+    emit(replace(run.data.train.ready("train"), kinds=kinds))
     if run.data.valid is not None:
         emit(run.data.valid.ready("valid"))
     for event in (*(Notice(level="warning", text=text) for text in run.notices), *held):

@@ -14,6 +14,7 @@ _KNOWN = (
     r".*get_state_buffer.*",
     r".*Merge lora module to 4-bit.*",
     r".*matmul_4bit: weight was quantized from.*",
+    r".*is_gradient_checkpointing.*",
     r".*tie_word_embeddings.*",
     r".*Ensure that the model.*is loaded correctly.*",
 )
