@@ -65,7 +65,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longe
         else:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    rows = [t[0].transpose(0, 1) for t in (query, key, value)]  # [T, heads, head_dim]
-    output = varlen.varlen_attn(*rows, cu_seqlens, cu_seqlens, longest, longest, **options)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, head_dim]
+    output = varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(output, Tensor)
     return output.transpose(0, 1)[None]

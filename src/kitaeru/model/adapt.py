@@ -27,7 +27,7 @@ def add_adapter(model: PreTrainedModel, section: LoraSection, seed: int) -> Peft
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.r,
-        lora_alpha=section.alpha,  # type: ignore[arg-type]
+        lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         target_modules=targets,
         modules_to_save=list(section.modules_to_save) or None,

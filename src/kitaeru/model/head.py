@@ -57,7 +57,7 @@ def recognise_head(model: PreTrainedModel, batch: MicroBatch) -> tuple[LossSum, 
     Fits: a plain linear head without bias or adapter, with or without soft-capped logits.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or not hasattr(model, model.base_model_prefix):
+    if type(head) is not nn.Linear or getattr(head, "bias", None) is not None or not hasattr(model, model.base_model_prefix):
         return plain_loss(model), "unknown head"
     with torch.no_grad():
         ours, theirs = chunked_loss(model)(batch), plain_loss(model)(batch)
