@@ -8,23 +8,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from kitaeru.errors import Problem, RecipeError
 from kitaeru.i18n import tr
-from kitaeru.recipe import presets
 from kitaeru.recipe.checks import check
-from kitaeru.recipe.fields import leaves, table
-from kitaeru.recipe.messages import describe, nearest
+from kitaeru.recipe.fields import leaves
+from kitaeru.recipe.layers import (
+    Layer,
+    Origin,
+    OriginKind,
+    file_layer,
+    override_layer,
+    place,
+    place_sources,
+    preset_layer,
+    preset_name,
+    values_layer,
+)
+from kitaeru.recipe.messages import describe
 from kitaeru.recipe.types import Recipe
-from kitaeru.recipe.yamltext import Key, Tree, dotted, parse, quoted, to_yaml
+from kitaeru.recipe.yamltext import Key, dotted, to_yaml
 
 __all__ = ["Effective", "Origin", "OriginKind", "read", "to_yaml"]
 
-OriginKind = Literal["file", "flag", "preset", "default", "planner"]
 # Fields that name a file or folder which is there before the run; looked for beside the recipe first.
 _PATHS = ("model.name", "model.tokenizer", "model.chat_template")
 _SECTIONS = ("model", "data", "lora", "train", "limits", "track", "samples")
@@ -36,22 +46,6 @@ _ALTERNATIVES = (
     ("train.warmup_steps", "train.warmup_fraction"),
     ("data.valid", "data.valid_fraction"),
 )
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a value came from; `source` is a file, a flag or the name of a preset, `line` counts from 1 (0 = none)."""
-
-    kind: OriginKind
-    source: str = ""
-    line: int = 0
-
-    def __str__(self) -> str:
-        if self.kind == "file":
-            return f"{self.source}:{self.line}"
-        if self.kind == "preset":
-            return tr("preset {name}", name=self.source)
-        return self.source or {"default": tr("default"), "planner": tr("planner")}.get(self.kind, self.kind)
 
 
 @dataclass(frozen=True)
@@ -80,23 +74,15 @@ def read(path: Path | None, *, overrides: Sequence[str] = (), values: Mapping[st
     Raises:
         RecipeError: everything that is wrong with the recipe.
     """
-    layers = [_file_layer(path)] if path is not None else []
-    layers += [_values_layer(values or {}), *map(_override_layer, overrides)]
-    name, at = _preset_name(layers)
+    layers = [file_layer(path)] if path is not None else []
+    layers += [values_layer(values or {}), *map(override_layer, overrides)]
+    name, at = preset_name(layers)
     if name is not None:
-        layers.insert(0, _preset_layer(name, at))
+        layers.insert(0, preset_layer(name, at))
     merged = _Merged()
     for layer in layers:
         merged.add(layer)
     return _validated(merged)
-
-
-@dataclass
-class _Layer:
-    tree: Tree
-    kind: OriginKind
-    source: str
-    folder: Path | None = None
 
 
 class _Merged:
@@ -108,7 +94,7 @@ class _Merged:
         self.problems: list[Problem] = []
         self.torn = False  # a layer could not be read, so what is missing may stand there
 
-    def add(self, layer: _Layer) -> None:
+    def add(self, layer: Layer) -> None:
         """Put `layer` on top."""
         self.problems += layer.tree.problems
         values = layer.tree.values
@@ -126,7 +112,7 @@ class _Merged:
             return
         self._merge(self.values, values, (), layer)
 
-    def _merge(self, below: dict[str, Any], above: dict[str, Any], at: Key, layer: _Layer) -> None:
+    def _merge(self, below: dict[str, Any], above: dict[str, Any], at: Key, layer: Layer) -> None:
         for name, value in above.items():
             key = (*at, name)
             if key == ("model",) and isinstance(value, str):
@@ -146,7 +132,7 @@ class _Merged:
                 below[name] = self._placed(value, key, layer)
                 self._displace(below, key, layer)
 
-    def _displace(self, below: dict[str, Any], key: Key, layer: _Layer) -> None:
+    def _displace(self, below: dict[str, Any], key: Key, layer: Layer) -> None:
         for group in _ALTERNATIVES:
             for other in group if dotted(key) in group else ():
                 rival = tuple(other.split("."))
@@ -158,141 +144,20 @@ class _Merged:
         for known in [k for k in self.origins if k[: len(key)] == key]:
             del self.origins[known]
 
-    def _note(self, key: Key, layer: _Layer) -> None:
+    def _note(self, key: Key, layer: Layer) -> None:
         """Note the origin of `key` and of all that lies inside its value."""
         self.origins[key] = Origin(layer.kind, layer.source, layer.tree.lines.get(key, 0))
         for inner, line in layer.tree.lines.items():
             if inner[: len(key)] == key:
                 self.origins[inner] = Origin(layer.kind, layer.source, line)
 
-    def _placed(self, value: Any, key: Key, layer: _Layer) -> Any:
+    def _placed(self, value: Any, key: Key, layer: Layer) -> Any:
         """`value` with the paths in it looked for beside the recipe file."""
         if dotted(key) in _PATHS:
-            return _place(value, layer.folder)
+            return place(value, layer.folder)
         if dotted(key) in ("data.train", "data.valid"):
-            return _place_sources(value, layer.folder)
+            return place_sources(value, layer.folder)
         return value
-
-
-def _place_sources(value: Any, folder: Path | None) -> Any:
-    if isinstance(value, list):
-        return [_place_sources(item, folder) for item in value]
-    if isinstance(value, dict):
-        return {k: _place(v, folder) if k == "path" else v for k, v in value.items() if v is not None}
-    return _place(value, folder)
-
-
-def _place(value: Any, folder: Path | None) -> Any:
-    if not isinstance(value, str) or value == "bundled":
-        return value
-    if value.startswith("~"):
-        return str(Path(value).expanduser())
-    if folder is None or not value:
-        return value
-    try:
-        beside = folder / value
-        return str(beside) if folder != Path() and beside.exists() else value
-    except (OSError, ValueError):  # a name no file can have
-        return value
-
-
-def _file_layer(path: Path) -> _Layer:
-    source = str(path)
-    try:
-        tree = parse(path.read_text(encoding="utf-8-sig"), source)
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        problem = Problem("", tr("the file is not UTF-8"), tr("Save it as UTF-8."), source, line)
-        tree = Tree(problems=[problem])
-    except OSError as error:
-        what = tr("the recipe cannot be read: {reason}", reason=error.strerror or str(error))
-        raise RecipeError([Problem("", what, _file_remedy(path), source)]) from error
-    # The recipe in a run folder was read once: its paths are settled, and `model/` beside it is the run's result.
-    in_run = (path.parent / "plan.json").exists()
-    return _Layer(tree, "file", source, None if in_run else path.parent)
-
-
-def _file_remedy(path: Path) -> str:
-    if path.is_dir():
-        return tr("Name a file in it, for example {path}.", path=path / "recipe.yaml")
-    try:
-        near = nearest(path.name, [item.name for item in path.parent.iterdir()])
-    except OSError:
-        near = None
-    if near and not path.exists():
-        return tr("Did you mean {path}?", path=path.parent / near)
-    return tr("Check the path and its permissions.")
-
-
-def _values_layer(values: Mapping[str, Any]) -> _Layer:
-    tree = Tree(values={})
-    for path, value in values.items():
-        if value is not None:
-            plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-            _nest(tree.values, path.split("."), plain)
-    return _Layer(tree, "flag", tr("command line"))
-
-
-def _nest(into: dict[str, Any], parts: list[str], value: Any) -> None:
-    for part in parts[:-1]:
-        inner = into.setdefault(part, {})
-        if not isinstance(inner, dict):  # model=NAME, then model.revision=x
-            inner = into[part] = {"name": inner}
-        into = inner
-    if isinstance(value, Mapping):
-        inner = into.setdefault(parts[-1], {})
-        for name, below in value.items():
-            if below is not None:
-                _nest(inner, [str(name)], below)
-    else:
-        into[parts[-1]] = value
-
-
-def _override_layer(text: str) -> _Layer:
-    path, equals, raw = text.partition("=")
-    path, source = path.strip(), "--set"
-    parts = path.split(".")
-    if not equals or not all(parts):
-        what = tr("{text} does not say what to set", text=quoted(text))
-        return _Layer(Tree(problems=[Problem("", what, tr("Write `--set train.seed=3`."), source)]), "flag", source)
-    value_tree = parse(raw, source)
-    spec = table().get(path)
-    if (
-        spec is not None
-        and spec.kind == "text"
-        and not _is_quoted(raw)
-        and (value_tree.problems or value_tree.values is not None)
-    ):
-        value_tree = Tree(values=raw.strip())  # `: `, `#`, digits: all of it is the text
-    problems = [Problem(path, p.what, p.remedy, source) for p in value_tree.problems]
-    value = value_tree.values
-    for part in reversed(parts):
-        value = {part: value}
-    return _Layer(Tree(values=value if not problems else None, problems=problems), "flag", source)
-
-
-def _is_quoted(raw: str) -> bool:
-    return raw.strip()[:1] in ('"', "'")
-
-
-def _preset_name(layers: Sequence[_Layer]) -> tuple[str | None, Problem]:
-    """The preset the strongest layer names, and a problem at that place to complain with."""
-    name, at = None, Problem("preset", "")
-    for layer in layers:
-        if isinstance(layer.tree.values, dict) and "preset" in layer.tree.values:
-            name = layer.tree.values["preset"]
-            at = Problem("preset", "", "", layer.source, layer.tree.lines.get(("preset",), 0))
-    return (name if isinstance(name, str) else None), at
-
-
-def _preset_layer(name: str, at: Problem) -> _Layer:
-    if name not in presets.PRESETS:
-        known = ", ".join(presets.PRESETS)
-        close = nearest(name, presets.PRESETS)
-        remedy = tr("Did you mean `{name}`?", name=close) if close else tr("Presets: {names}.", names=known)
-        problem = Problem("preset", tr("there is no preset {name}", name=quoted(name)), remedy, at.source, at.line)
-        return _Layer(Tree(problems=[problem]), "preset", name)
-    return _Layer(parse(presets.text(name), name), "preset", name)
 
 
 def _validated(merged: _Merged) -> Effective:

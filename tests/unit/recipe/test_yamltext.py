@@ -116,7 +116,11 @@ def _expanded(value: Any, name: str = "") -> Any:
     if isinstance(value, tuple | list):
         return [_expanded(v, name) for v in value]
     paths = name in ("path", "name", "tokenizer", "chat_template")
-    return str(Path(value).expanduser()) if paths and isinstance(value, str) and value.startswith("~") else value
+    return (
+        str(Path(value).expanduser())
+        if paths and isinstance(value, str) and (value == "~" or value.startswith("~/"))
+        else value
+    )
 
 
 SCALARS = TEXTS | st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False, allow_infinity=False)
