@@ -16,16 +16,17 @@ PLANNED = (
     "data.seq_len",
     "method",
     "strategy",
-    "train.max_steps",
     "train.epochs",
     "train.learning_rate",
     "train.global_batch_tokens",
     "train.precision",
+    "train.warmup_steps",
     "train.eval_every",
     "train.save_every",
     "limits.device",
     "limits.micro_batch_tokens",
     "limits.checkpointing",
+    "limits.threads",
 )
 # Not decided when the other is given.
 _INSTEAD = {"train.epochs": "train.max_steps", "train.global_batch_tokens": "train.global_batch_examples"}

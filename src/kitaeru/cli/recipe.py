@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,10 @@ def show(
         return 0
     out = console()
     _show_table(out, settled)
+    if settled.why:
+        out.print()
+        out.print(Text(tr("Why the planner chose so"), style="bold"))
+        out.print(_grid(list(settled.why.items())))
     if not settled.complete:
         out.print()
         out.print(Text(tr("The planner decides when it has read the data; `--plan` shows it now."), style="dim"))
@@ -125,11 +130,14 @@ def _show_table(out: Console, settled: Settled) -> None:
         style = "dim" if origin.kind == "default" else ""
         value = _shown(value_at(settled.recipe, spec.path))
         grid.add_row(
-            Text(("  " if dot else "") + spec.name, style), Text(value, style), Text(str(origin), style or "cyan")
+            Text(("  " if dot else "") + spec.name, style), Text(value, style), Text(_place(origin), style or "cyan")
         )
-        if why := settled.why.get(spec.path):
-            grid.add_row("", Text(why, style="italic dim"), "")
     out.print(grid)
+
+
+def _place(origin: Origin) -> str:
+    """The origin in few columns: a file by its name alone."""
+    return str(replace(origin, source=Path(origin.source).name) if origin.kind == "file" else origin)
 
 
 def _shown(value: Any) -> str:

@@ -128,7 +128,7 @@ def test_show_a_run_with_what_its_planner_decided(recipe: Path, capsys: pytest.C
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
     assert ["learning_rate", "0.0002", "planner"] in rows
-    assert why.split() in rows
+    assert ["train.learning_rate", *why.split()] in rows
     assert "--plan" not in out
     assert main(["recipe", "show", ".", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
@@ -139,3 +139,23 @@ def test_show_a_run_with_what_its_planner_decided(recipe: Path, capsys: pytest.C
     # Other values than those of the run: its plan says nothing about them.
     assert main(["recipe", "show", ".", "--json", "--set", "train.seed=3"]) == 0
     assert json.loads(capsys.readouterr().out)["why"] == {}
+
+
+def test_show_with_a_plan_made_now(
+    tiny_model: Path, chat_data: Path, capsys: pytest.CaptureFixture[str], in_tmp: Path
+) -> None:
+    Path("r.yaml").write_text(f"model: {tiny_model}\ndata: {{train: {chat_data}, valid_fraction: 0.25}}\n")
+    words = ["recipe", "show", "r.yaml", "--set", "limits.device=cpu"]
+    assert main([*words, "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert main([*words, "--plan", "--json"]) == 0
+    after = json.loads(capsys.readouterr().out)
+    assert after["recipe"]["method"] == "lora"
+    assert after["recipe"]["limits"]["micro_batch_tokens"] > 0
+    decided = {path for path, origin in after["origins"].items() if origin["kind"] == "planner"}
+    assert {path for path, origin in before["origins"].items() if origin["kind"] == "planner"} == decided
+    assert decided == set(after["why"])
+    assert main([*words, "--plan"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert after["why"]["train.learning_rate"] in shown
+    assert not Path("runs").exists()
