@@ -27,7 +27,8 @@ _NOISE = {"nvidia", "geforce", "tesla", "generation", "edition", "workstation", 
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator. `sm` is its compute capability (8.6 for an RTX A5000); a rate of 0 means "has no such arithmetic".
+    """One accelerator. `sm` is its compute capability (8.6 for an RTX A5000); a rate of 0 means "has no such
+    arithmetic".
 
     `doubt` says which facts come from memory rather than a sheet or a measurement; empty when none do.
     """

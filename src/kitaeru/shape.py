@@ -45,9 +45,9 @@ class ModelShape:
     """The sizes of a causal language model. `family` is transformers' model_type.
 
     `sliding_layers` is how many layers see only `sliding_window` tokens back. `experts` 0 means a dense MLP;
-    `dense_layers` counts the layers of a mixture that have a dense MLP all the same. With `parallel_residual` attention and
-    MLP read the same stream; `rotary_share` is the part of a head that is rotated. `exact` is False for a family whose
-    parts are not known here: it is then counted as a Llama of these sizes.
+    `dense_layers` counts the layers of a mixture that have a dense MLP all the same. With `parallel_residual`
+    attention and MLP read the same stream; `rotary_share` is the part of a head that is rotated. `exact` is False for
+    a family whose parts are not known here: it is then counted as a Llama of these sizes.
     """
 
     family: str

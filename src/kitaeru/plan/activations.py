@@ -1,0 +1,199 @@
+"""What the layers keep for the backward pass, derived from the operations' own rules of what autograd saves.
+
+The layers are transformers' eager ones with PEFT's adapters, under autocast in 16 bits, and kitaeru's packed
+attention. The tests compare every count with the tensors that torch really saves.
+"""
+
+from __future__ import annotations
+
+from kitaeru.plan.stored import (
+    Setting,
+    adapted,
+    adapter_parameters,
+    adapts_experts,
+    compute_bytes,
+    residual_bytes,
+    saved_whole,
+    trains_all,
+)
+from kitaeru.plan.types import Layout
+from kitaeru.recipe.types import LoraSection
+from kitaeru.shape import Linear, ModelShape
+
+
+def kept_per_token(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str, int]:
+    """Bytes that all layers keep for the backward pass for one token, by part; recomputation left aside.
+
+    In a LoRA of 16 bits, each adapter keeps its own copy of the layer's input (on a quantised base they share it), each
+    norm a 32-bit copy of what it reads, attention q, k, v, its output and a 32-bit number per head, the MLP gate, up
+    and the activated gate. With every weight trained, linear layers keep their input, and norms their result.
+
+    >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
+    >>> layout = Layout("single", "lora", "none", "bf16", "keep", 4096, "cuda")
+    >>> sum(kept_per_token(layout, llama, Setting(LoraSection(r=16))).values()) // 32 // 1024
+    212
+    """
+    return {
+        "norms": shape.layers * _kept_norms(layout, shape),
+        "linears": _kept_linears(layout, shape, setting.lora),
+        "attention": shape.layers * _kept_attention(layout, shape, setting),
+        "mlp": _kept_mlp(layout, shape),
+    }
+
+
+def _kept_norms(layout: Layout, shape: ModelShape) -> int:
+    """One layer's norms, per token: input in 32 bits, 1/rms, and the result before the weight when that is trained."""
+    h, trained = shape.hidden, trains_all(layout)
+    if shape.norm == "layer":
+        inputs = 1 if shape.parallel_residual else shape.norms_per_layer
+        total = inputs * residual_bytes(layout) * h + 8 * shape.norms_per_layer
+    else:
+        total = shape.norms_per_layer * (4 * h + 4) + (shape.norms_per_layer * 4 * h if trained else 0)
+    if shape.qk_norm:
+        width, groups = shape.q_size + shape.kv_size, shape.heads + shape.kv_heads
+        normed = (4 if shape.norm == "rms_offset" else compute_bytes(layout)) if trained else 0
+        total += width * (4 + normed) + 4 * (groups if shape.qk_norm == "head" else 2)
+    return total
+
+
+def _kept_linears(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
+    """All linear layers' inputs, per token, as far as they are not already kept by attention or the MLP."""
+    c = compute_bytes(layout)
+    if trains_all(layout):
+        readers = _first_readers(shape.linears(), shared=c == 4)
+        return sum(linear.count * c * linear.inputs for linear in readers if not _is_attention_output(linear, layout))
+    linears = adapted(shape, lora)
+    small = sum(linear.count * c * lora.r for linear in linears)
+    if lora.dora:  # the layer's own result and the adapter's are both multiplied by trained magnitudes
+        small += sum(linear.count * 2 * c * linear.outputs for linear in linears)
+    casts = c == 2 and layout.base == "none"  # PEFT casts to 32 bits and autocast back: a copy for each adapter
+    if lora.dropout:  # each adapter has its own dropped input, and its mask
+        mask = 1 if layout.device == "cuda" else 4 if casts else c
+        return small + sum(linear.count * (c + mask) * linear.inputs for linear in linears)
+    readers = _first_readers(linears, shared=not casts)
+    return small + sum(
+        linear.count * c * linear.inputs for linear in readers if casts or not _is_attention_output(linear, layout)
+    )
+
+
+def _is_attention_output(linear: Linear, layout: Layout) -> bool:
+    """Whether the tensor it reads is the one attention keeps anyway: only the CUDA kernel gives it out uncopied."""
+    return linear.reads == "attention_out" and layout.device == "cuda" and layout.precision != "fp32"
+
+
+def _first_readers(linears: tuple[Linear, ...], shared: bool) -> list[Linear]:
+    """One linear layer for each tensor read, where readers share it; all of them where each casts its own copy."""
+    if not shared:
+        return list(linears)
+    first: dict[tuple[str, int], Linear] = {}
+    for linear in linears:
+        first.setdefault((linear.reads, linear.inputs), linear)
+    return list(first.values())
+
+
+def _kept_attention(layout: Layout, shape: ModelShape, setting: Setting) -> int:
+    """One layer's q, k, v, output, and log-sum-exp of each head, per token.
+
+    Where the kernel knows no grouped heads, k and v are kept repeated. A fused layer's v keeps its q and k alive.
+    """
+    repeated = setting.repeats_keys and layout.device == "cuda"
+    key = shape.q_size if repeated else shape.kv_size
+    value = shape.q_size + 2 * shape.kv_size if shape.fused_qkv and not repeated else key
+    return compute_bytes(layout) * (2 * shape.q_size + key + value) + 4 * shape.heads
+
+
+def _kept_mlp(layout: Layout, shape: ModelShape) -> int:
+    """All layers' MLP results, per token: gate, up and activated gate; for experts, of those a token meets."""
+    c, parts = compute_bytes(layout), 3 if shape.gated_mlp else 1
+    mixtures = shape.layers - shape.dense_layers if shape.experts else 0
+    dense = (shape.layers - mixtures) * parts * c * shape.intermediate
+    if not mixtures:
+        return dense
+    # Of each expert a token meets: its gathered input, gate and up, activated gate, product, output, and two indices.
+    per_slot = residual_bytes(layout) * ((parts + 1) * shape.expert_intermediate + 2 * shape.hidden) + 28
+    shared = shape.shared_expert_intermediate
+    beside = (parts * c * shared + 2 * c * shape.hidden if shared else 0) + 12 * shape.experts + c * shape.hidden
+    return dense + mixtures * (shape.experts_per_token * per_slot + beside)
+
+
+def kept_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
+    """Bytes all layers keep whatever the micro-batch.
+
+    DoRA sends an identity matrix through each adapter: the square of its inputs. An adapter on stacked experts is
+    added to a copy of their weights. Trained 32-bit weights have 16-bit copies, counted apart (`cast_bytes`).
+    """
+    if trains_all(layout):
+        return 0
+    c, total = compute_bytes(layout), 0
+    if lora.dora:
+        total += sum(linear.count * c * linear.inputs * (linear.inputs + lora.r) for linear in adapted(shape, lora))
+    return total + (c * shape.expert_parameters() if adapts_experts(shape, lora) else 0)
+
+
+def cast_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
+    """16-bit copies of linear layers' trained 32-bit weights, which autocast makes and keeps in a forward pass."""
+    if compute_bytes(layout) == 4:
+        return 0
+    return 2 * (
+        shape.linear_parameters() if trains_all(layout) else adapter_parameters(shape, lora) - saved_whole(shape, lora)
+    )
+
+
+def score_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> tuple[int, int]:
+    """Bytes of scores that one layer keeps for a whole micro-batch, and of the mask all layers share.
+
+    Packed attention has neither, except in 32 bits on a GPU with grouped heads, where torch computes plainly, example
+    by example. SDPA with a block mask has a byte for each pair of tokens. Soft-capped scores need eager attention:
+    the capped scores, the softmax in 32 bits and its copy in the arithmetic's width, for every head and pair.
+    """
+    c, tokens = compute_bytes(layout), layout.micro_batch_tokens
+    pairs = tokens * tokens
+    if setting.attention == "flash_attention_2":
+        return 0, 0
+    if shape.plain_causal and setting.attention in ("auto", "packed"):
+        plainly = layout.device == "cuda" and c == 4 and shape.kv_heads != shape.heads
+        return (8 * shape.heads * tokens * min(tokens, setting.longest or tokens) if plainly else 0), 0
+    if not (shape.attention_softcap or shape.sinks or setting.attention == "eager"):
+        return 0, pairs
+    per_head = 4 + (c if c != 4 else 0) + (c if shape.attention_softcap else 0)
+    return shape.heads * per_head * pairs, c * pairs
+
+
+def activation_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
+    """What is kept when the forward pass of one micro-batch ends: `micro_batch_tokens` in one row.
+
+    With `recompute` only each layer's input is kept; the layer whose backward pass runs is counted as workspace.
+    """
+    tokens = layout.micro_batch_tokens
+    scores, mask = score_bytes(layout, shape, setting)
+    edges = _kept_outside_layers(layout, shape, setting.lora) * tokens + mask
+    if layout.activations == "recompute":
+        return edges + tokens * shape.layers * residual_bytes(layout) * shape.hidden
+    always = kept_always(layout, shape, setting.lora) + shape.layers * scores
+    return edges + always + tokens * sum(kept_per_token(layout, shape, setting).values())
+
+
+def _kept_outside_layers(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
+    """Per token: ids, positions and targets; rotary tables; the final norm, with its result when its weight is trained.
+
+    A frozen embedding needs no gradient, so the very first norm keeps nothing unless recomputation asks for one.
+    """
+    h, r = shape.hidden, residual_bytes(layout)
+    final = r * h + 8 if shape.norm == "layer" else 4 * h + 4 + (4 * h if trains_all(layout) else 0)
+    tables = 2 if shape.family == "gemma3_text" else 1
+    rotary = 0 if shape.learned_positions else int(tables * 2 * r * shape.head_dim * shape.rotary_share)
+    frozen = not trains_all(layout) and not saved_whole(shape, lora) and layout.activations == "keep"
+    first = (r * h + 8 if shape.norm == "layer" else 4 * h + 4) if frozen else 0
+    return 3 * 8 + rotary + final - first
+
+
+def recomputed_layer_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
+    """What one layer keeps, while it is computed a second time; 0 when nothing is recomputed."""
+    return 0 if layout.activations == "keep" else one_layer_bytes(layout, shape, setting)
+
+
+def one_layer_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
+    """What one layer keeps of a micro-batch."""
+    per_token = -(-sum(kept_per_token(layout, shape, setting).values()) // shape.layers)
+    always = -(-kept_always(layout, shape, setting.lora) // shape.layers)
+    return layout.micro_batch_tokens * per_token + always + score_bytes(layout, shape, setting)[0]

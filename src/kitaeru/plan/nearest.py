@@ -1,0 +1,128 @@
+"""When nothing fits: which smallest change would, and what to type for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from kitaeru.errors import PlanError
+from kitaeru.i18n import tr
+from kitaeru.plan.decide import fill
+from kitaeru.plan.problem import GB, Problem, free_bytes, needed_bytes
+from kitaeru.plan.stored import weight_bytes
+from kitaeru.plan.types import Candidate, Decision, Layout
+from kitaeru.recipe.types import Recipe
+from kitaeru.shape import ModelShape, catalogue
+
+SHORTEST = 256
+Change = dict[str, Any]
+Pricer = Callable[[Recipe], list[Candidate]]
+
+
+def not_legal(problem: Problem, reasons: Sequence[str]) -> PlanError:
+    """The error for a recipe of which no layout is legal."""
+    recipe = problem.recipe
+    if recipe.limits.device == "cuda" and problem.device is None:
+        remedy = tr("Leave `limits.device` out to train on the CPU, or look for the GPU with `kitaeru doctor`.")
+    elif recipe.train.precision in ("bf16", "fp16"):
+        remedy = tr("Leave `train.precision` out.")
+    elif recipe.strategy not in ("auto", "single"):
+        remedy = tr("Leave `strategy` out.")
+    else:
+        remedy = tr("Leave out `model.quantize` and `train.optimizer`, and let kitaeru decide.")
+    return PlanError(" ".join(reasons), remedy=remedy)
+
+
+def no_layout(problem: Problem, candidates: Sequence[Candidate], price: Pricer) -> PlanError:
+    """The error when no candidate fits: what the smallest needs, what there is, and the nearest that would fit."""
+    smallest = min(candidates, key=lambda candidate: candidate.peak_bytes)
+    what = tr(
+        "{model} does not fit: the smallest layout ({method}, {tokens} tokens at a time) needs {need:.1f} GB, "
+        "and {device} has {free:.1f} GB free.",
+        model=problem.recipe.model.name,
+        method=smallest.layout.method,
+        tokens=smallest.layout.micro_batch_tokens,
+        need=needed_bytes(smallest.layout, smallest.peak_bytes) / GB,
+        device=problem.device_name,
+        free=free_bytes(problem) / GB,
+    )
+    return PlanError(what, remedy=_nearest(problem, price) or _hopeless(problem, free_bytes(problem)))
+
+
+def _nearest(problem: Problem, price: Pricer) -> str | None:
+    for change in _changes(problem):
+        try:
+            fitting = [candidate for candidate in price(_changed(problem.recipe, change)) if candidate.fits]
+        except PlanError:
+            continue
+        if fitting:
+            best = min(fitting, key=lambda candidate: candidate.peak_bytes)
+            flags = " ".join(f"--set {path}={_written(value)}" for path, value in change.items())
+            return tr("This fits, with {peak:.1f} GB: {flags}", peak=best.peak_bytes / GB, flags=flags)
+    return None
+
+
+def _changes(problem: Problem) -> Iterator[Change]:
+    """Changes from small to large: recomputation, a smaller micro-batch, shorter examples, another method, both."""
+    recipe = problem.recipe
+    loose: Change = {}
+    if recipe.limits.checkpointing is False:
+        loose["limits.checkpointing"] = True
+        yield dict(loose)
+    if recipe.limits.micro_batch_tokens is not None and recipe.limits.micro_batch_tokens > problem.longest:
+        loose["limits.micro_batch_tokens"] = problem.least_micro_batch
+        yield dict(loose)
+    lengths = [{"data.seq_len": length} for length in _shorter(problem.longest)]
+    methods: list[Change] = []
+    if recipe.method in ("full", "pretrain") and recipe.train.optimizer == "adamw":
+        methods.append({"train.optimizer": "adamw_8bit"})
+    if recipe.method == "full":
+        methods.append({"method": "lora"})
+    if recipe.method in ("full", "lora"):
+        methods.append({"method": "qlora"} | ({"model.quantize": "nf4"} if recipe.model.quantize != "auto" else {}))
+    if recipe.method == "auto" and recipe.model.quantize in ("none", "int8"):
+        methods.append({"model.quantize": "nf4"})
+    if recipe.limits.micro_batch_tokens is None:
+        yield from ({**loose, **length} for length in lengths)
+        yield from ({**loose, **method} for method in methods)
+        yield from ({**loose, **method, **length} for method in methods for length in lengths)
+    else:
+        yield from ({**loose, **method} for method in methods)
+
+
+def _shorter(longest: int) -> list[int]:
+    lengths = []
+    length = 1 << (max(longest - 1, 1).bit_length() - 1)
+    while length >= SHORTEST:
+        lengths.append(length)
+        length //= 2
+    return lengths
+
+
+def _changed(recipe: Recipe, change: Change) -> Recipe:
+    return fill(recipe, [Decision(path, value, "") for path, value in change.items()])
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _hopeless(problem: Problem, free: int) -> str:
+    """What is missing when no change helps: the weights alone against the device, and a known model that would fit."""
+    layout = Layout("single", "qlora", "nf4", problem.precision, "recompute", 512, "cuda")
+    size = sum(weight_bytes(layout, problem.shape))
+    sentence = tr(
+        "Its weights alone take {size:.1f} GB in 4 bits, {times:.1f} times what is free.",
+        size=size / GB,
+        times=size / max(free, 1),
+    )
+    model = _largest_that_fits(layout, int(free * 0.75))
+    if model is None or model.parameters() >= problem.shape.parameters():
+        return sentence + " " + tr("Free memory on the device, or choose a smaller model.")
+    return sentence + " " + tr("A known model that fits with qlora: {model}.", model=model.name)
+
+
+def _largest_that_fits(layout: Layout, room: int) -> ModelShape | None:
+    shapes = [ModelShape.from_config(entry.config, entry.name) for entry in catalogue()]
+    fitting = [shape for shape in shapes if sum(weight_bytes(layout, shape)) <= room]
+    return max(fitting, key=lambda shape: shape.parameters(), default=None)

@@ -1,0 +1,110 @@
+"""What is planned: a wish, a machine, a model and its data, and how much room the device has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kitaeru.hardware import Device, Hardware
+from kitaeru.i18n import tr
+from kitaeru.plan.decide import Schedule, longest_example, schedule
+from kitaeru.plan.layouts import precision_for
+from kitaeru.plan.memory import device_overhead_bytes
+from kitaeru.plan.stored import Setting
+from kitaeru.plan.types import DataFacts, Layout, Precision
+from kitaeru.recipe.types import Recipe
+from kitaeru.shape import ModelShape
+
+GB = 10**9
+MARGIN = 0.04
+FRAGMENTATION_BYTES = 300 * 10**6
+CPU_MARGIN = 0.10
+# More tokens at a time take memory and give no speed.
+GPU_MICRO_BATCH_TOKENS, CPU_MICRO_BATCH_TOKENS = 16384, 2048
+# torch's packed attention knows grouped heads from here on.
+GROUPED_PACKED_ATTENTION = (2, 13)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is planned: the wish, the machine's device (None: the CPU), the model, the data, and the run's schedule."""
+
+    recipe: Recipe
+    hardware: Hardware
+    shape: ModelShape
+    device: Device | None
+    precision: Precision
+    schedule: Schedule
+    longest: int
+
+    @property
+    def usual_micro_batch(self) -> int:
+        """Tokens that keep the device busy."""
+        return CPU_MICRO_BATCH_TOKENS if self.device is None else GPU_MICRO_BATCH_TOKENS
+
+    @property
+    def least_micro_batch(self) -> int:
+        """Tokens that hold the longest example, in eights."""
+        return -(-self.longest // 8) * 8
+
+    @property
+    def device_name(self) -> str:
+        """The device, for people."""
+        return tr("this machine's RAM") if self.device is None else self.device.name
+
+
+def state(recipe: Recipe, hardware: Hardware, shape: ModelShape, facts: DataFacts | None) -> Problem:
+    """The problem behind a recipe.
+
+    Raises:
+        PlanError: it asks for a GPU that is not there, or a micro-batch that cannot hold the longest example.
+    """
+    device = pick_device(recipe, hardware)
+    longest = longest_example(recipe, shape, facts)
+    plan = schedule(recipe, longest, facts, on_cpu=device is None)
+    return Problem(recipe, hardware, shape, device, precision_for(recipe, device), plan, longest)
+
+
+def pick_device(recipe: Recipe, hardware: Hardware) -> Device | None:
+    """The device that trains: the first GPU, unless the recipe wants the CPU; None is the CPU."""
+    if recipe.limits.device == "cpu" or not hardware.devices:
+        return None
+    return hardware.devices[0]
+
+
+def global_tokens(problem: Problem) -> int:
+    """Tokens of one step at most."""
+    if problem.schedule.global_batch_tokens is not None:
+        return problem.schedule.global_batch_tokens
+    return (problem.schedule.global_batch_examples or 1) * problem.longest
+
+
+def setting_of(problem: Problem, layout: Layout) -> Setting:
+    """What the bytes of a layout depend on beside it."""
+    version = problem.hardware.versions.get("torch", "").split("+")[0].split(".")[:2]
+    known = tuple(int(part) for part in version if part.isdigit())
+    return Setting(
+        lora=problem.recipe.lora,
+        optimizer=problem.recipe.train.optimizer,
+        attention=problem.recipe.model.attention,
+        accumulates=layout.micro_batch_tokens < global_tokens(problem),
+        longest=problem.longest,
+        repeats_keys=known < GROUPED_PACKED_ATTENTION,
+    )
+
+
+def needed_bytes(layout: Layout, peak: int) -> int:
+    """What must be free for a predicted peak: a margin, and on a GPU the context and fragmentation of the allocator.
+
+    >>> needed_bytes(Layout("single", "lora", "none", "bf16", "keep", 4096, "cuda"), 20 * 10**9) / 10**9
+    21.7
+    """
+    if layout.device == "cpu":
+        return int(peak * (1 + CPU_MARGIN))
+    return int(peak * (1 + MARGIN)) + device_overhead_bytes(layout) + FRAGMENTATION_BYTES
+
+
+def free_bytes(problem: Problem) -> int:
+    """What the device has free, at most `limits.memory_gb`."""
+    free = problem.hardware.host_free_bytes if problem.device is None else problem.device.free_bytes
+    limit = problem.recipe.limits.memory_gb
+    return free if limit is None else min(free, int(limit * GB))
