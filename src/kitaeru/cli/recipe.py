@@ -145,7 +145,10 @@ def _shown(value: Any) -> str:
         return "–"
     if isinstance(value, tuple) and value and hasattr(value[0], "path"):
         return "\n".join(_source(source) for source in value)
-    return value if isinstance(value, str) else inline(value)
+    if isinstance(value, str):
+        return value
+    line = inline(value)
+    return "\n".join(map(str, value)) if isinstance(value, tuple) and len(line) > 40 else line
 
 
 def _source(source: Any) -> str:
