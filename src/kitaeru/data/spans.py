@@ -68,15 +68,16 @@ class Template:
 
 @dataclass(frozen=True)
 class _Region:
-    """The characters of a text that follow a turn's content, and where the mark stood in the changed text.
+    """The characters of a text that a turn's content makes, and where the mark stood in the text of the turn `changed`.
 
-    `open_end`: the mark did not replace everything up to the end of the turn (a call's closing brackets are left).
+    `partial`: marks replaced parts of the turn only (a call's brackets were left at both ends).
     """
 
     start: int
     end: int
     mark: int
-    open_end: bool
+    changed: Message
+    partial: bool
 
 
 def assistant_spans(
@@ -137,7 +138,7 @@ def _by_marks(
 def _region(
     template: Template, messages: Sequence[Message], tools: Sequence[Message], index: int, text: str, mark: str
 ) -> _Region | None:
-    for changed, open_end in _changed(messages[index], mark):
+    for changed, partial in _changed(messages[index], mark):
         try:
             other = template.render(_replaced(messages, index, changed), tools)
         except Refusal:
@@ -145,7 +146,7 @@ def _region(
         if mark in other:
             start = _shared_prefix(text, other)
             tail = _shared_suffix(text[start:], other[start:])
-            return _Region(start, len(text) - tail, other.index(mark), open_end)
+            return _Region(start, len(text) - tail, other.index(mark), changed, partial)
     return None
 
 
@@ -157,7 +158,7 @@ def _changed(message: Message, mark: str) -> Iterator[tuple[Message, bool]]:
             {**call, "function": {"name": mark, "arguments": {mark: mark}}} if "function" in call else call
             for call in message["tool_calls"]
         ]
-        yield {**message, "tool_calls": calls}, True
+        yield {**message, "content": mark, "tool_calls": calls}, True
 
 
 def _plausible(message: Message, region: str) -> bool:
@@ -182,36 +183,53 @@ def _written_from(
     """Where the assistant starts to write: behind the template's generation prompt."""
     header = template.prompt
     if not header:
+        if region.partial:
+            return _after_previous(template, messages, tools, index, region, mark)
         # The separating space of templates without a header is the model's to produce.
         return region.start - 1 if text[: region.start].endswith(" ") else region.start
     if text.endswith(header, 0, region.start):
         return region.start
-    literal = _literal_before(template, messages, tools, index, mark)
+    literal = _literal_before(template, messages, tools, index, region.changed, mark)
     at = literal.rfind(header)
     if at < 0:
         return region.start
     return min(region.start, region.mark - (len(literal) - at - len(header)))
 
 
-def _literal_before(
-    template: Template, messages: Sequence[Message], tools: Sequence[Message], index: int, mark: str
-) -> str:
-    """What the template itself writes between the content of the message before `index` and that of `index`."""
-    changed = _replaced(messages, index, next(_changed(messages[index], mark))[0])
+def _after_previous(
+    template: Template, messages: Sequence[Message], tools: Sequence[Message], index: int, region: _Region, mark: str
+) -> int:
+    """Where the message before `index` ends: in the conversation cut there, what follows its content is its own."""
+    literal = _literal_before(template, messages, tools, index, region.changed, mark)
     before = chr(ord(mark) + 1)
-    if index:
-        previous = next(_changed(messages[index - 1], before))[0]
-        changed = _replaced(changed, index - 1, {**previous, **_links(messages[index - 1])})
     try:
-        text, _, _ = template.render(changed, tools).partition(mark)
+        closing = template.render(_marked(messages[:index], index - 1, before), tools).partition(before)[2]
+    except Refusal:
+        return region.start
+    if not closing or not literal.startswith(closing):
+        return region.start
+    return min(region.start, region.mark - (len(literal) - len(closing)))
+
+
+def _literal_before(
+    template: Template, messages: Sequence[Message], tools: Sequence[Message], index: int, changed: Message, mark: str
+) -> str:
+    """What the template writes between the content of the message before `index` and the mark in `changed`."""
+    before = chr(ord(mark) + 1)
+    marked = _replaced(messages, index, changed)
+    try:
+        text, _, _ = template.render(_marked(marked, index - 1, before), tools).partition(mark)
     except Refusal:
         return ""
     _, found, literal = text.rpartition(before)
     return literal if found or not index else ""
 
 
-def _links(message: Message) -> Message:
-    return {key: message[key] for key in ("tool_call_id", "name") if key in message}
+def _marked(messages: Sequence[Message], index: int, mark: str) -> list[Message]:
+    """`messages` with the content of message `index`, if there is one, replaced."""
+    if index < 0:
+        return list(messages)
+    return _replaced(messages, index, {**messages[index], "content": mark})
 
 
 def _closed_at(template: Template, text: str, region: _Region) -> int:
@@ -224,7 +242,7 @@ def _closed_at(template: Template, text: str, region: _Region) -> int:
     for closing in template.closings:
         if text.startswith(closing, begin):
             return begin + len(closing)
-    at = text.find(template.closing, region.end) if region.open_end and template.closing else -1
+    at = text.find(template.closing, region.end) if region.partial and template.closing else -1
     return at + len(template.closing) if at >= 0 else region.end
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -118,7 +119,7 @@ def _compute(
     rows: Sequence[Row], tokenizer: Any, train_on: TrainOn, workers: int | None, progress: Progress | None
 ) -> Tokenised:
     chunks = [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)]
-    count = min(workers or len(os.sched_getaffinity(0)), len(chunks))
+    count = min(workers or _cores(), len(chunks))
     if count > 1 and _size(rows) >= _SMALL:
         parts = _in_processes(chunks, tokenizer, train_on, count, progress, len(rows))
     else:
@@ -127,6 +128,10 @@ def _compute(
             parts.append(_encode(encoder, chunk))
             _tell(progress, len(parts), len(rows))
     return _join(parts)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _size(rows: Sequence[Row]) -> int:
@@ -182,6 +187,9 @@ _encoder: Encoder | None = None
 
 def _start_worker(tokenizer: Any, train_on: TrainOn, code: str) -> None:
     global _encoder
+    # Ctrl-C is the parent's to handle, and handlers inherited from it would act twice.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     set_language(code)
     _encoder = Encoder(tokenizer, train_on)
