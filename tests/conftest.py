@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
@@ -116,6 +119,30 @@ def tiny_model(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         if (tokenizer_folder / name).is_file():
             shutil.copy(tokenizer_folder / name, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def training() -> ModuleType:
+    """The module training.py: small runs of the real engine with an explicit layout."""
+    spec = importlib.util.spec_from_file_location("training", Path(__file__).with_name("training.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["training"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def chat_data(training: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 short conversations."""
+    return training.write_data(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def valid_data(training: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6 other short conversations."""
+    return training.write_data(tmp_path_factory.mktemp("data") / "valid.jsonl", 6, start=100)
 
 
 @pytest.fixture(scope="session")

@@ -184,7 +184,8 @@ def read(path: Path) -> Iterator[Event]:
         if event is None:
             continue
         if isinstance(event, RunStarted):
-            kept = [e for e in kept if getattr(e, "step", 0) <= event.resumed_step and not isinstance(e, RunFinished)]
+            at = event.resumed_step  # at 0 everything is done anew, what was said of step 0 included
+            kept = [e for e in kept if at and getattr(e, "step", 0) <= at and not isinstance(e, RunFinished)]
         kept.append(event)
     yield from kept
 

@@ -20,8 +20,8 @@ SPIKE_WINDOW = 50
 def gradient_gate(named: Sequence[tuple[str, nn.Parameter]], step: int) -> list[str]:
     """Every trained tensor must receive a gradient that is not all zero, or it learns nothing.
 
-    A LoRA A whose B is still zero has no gradient yet, by its definition: it is looked at in the second step. Experts
-    of a mixture may see no token in one batch: their names are returned, for a notice.
+    A LoRA A whose B is still zero has no gradient yet, by its definition: it is looked at once B has moved. Experts of
+    a mixture may see no token in one batch: their names are returned, for a notice.
 
     Raises:
         TrainingError: names the tensors that learn nothing.
@@ -29,9 +29,7 @@ def gradient_gate(named: Sequence[tuple[str, nn.Parameter]], step: int) -> list[
     weights = dict(named)
     silent = [name for name, p in named if p.grad is None or not bool(p.grad.any())]
     experts = [name for name in silent if "expert" in name]
-    if step == 0:
-        silent = [name for name in silent if not _waits_for_b(name, weights)]
-    dead = [name for name in silent if name not in experts]
+    dead = [name for name in silent if name not in experts and not _waits_for_b(name, weights)]
     if dead:
         shown = ", ".join(dead[:5]) + (" …" if len(dead) > 5 else "")
         raise TrainingError(

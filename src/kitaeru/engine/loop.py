@@ -56,6 +56,7 @@ class Loop:
         )
         self.progress = Progress()
         self.watch = LossWatch(self.section)
+        self.gated = 0
         self.stop_signal: int | None = None
 
     # ---- the page: what happens, in order -------------------------------------------------------------------------
@@ -70,7 +71,7 @@ class Loop:
         with self._signals():
             if self.progress.step == 0 and self.valid is not None:
                 self._validate()
-            while self.progress.step < self.total:
+            while self.progress.step < self.total and not self._given_up():
                 self._step()
                 done = self.progress.step
                 improved = False
@@ -80,14 +81,12 @@ class Loop:
                     self._due(done, self.section.save_every)
                     or (improved and self.section.keep_best)
                     or self.stop_signal is not None
+                    or self._given_up()
                 ):
                     self.save()
                 if self.stop_signal is not None and done < self.total:
                     return "interrupted"
-                if self.section.early_stop is not None and self.progress.since_best >= self.section.early_stop:
-                    self.save()
-                    return "stopped_early"
-        return "finished"
+        return "stopped_early" if self.progress.step < self.total else "finished"
 
     def _step(self) -> None:
         started, index = time.perf_counter(), self.progress.step
@@ -152,22 +151,29 @@ class Loop:
         parameters = [p for _, p in trainee.named]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         verdict = self.watch.verdict(loss)
-        overflow = trainee.scaler.is_enabled() and not math.isfinite(norm)
+        # An overflow is fp16's daily bread while the scaler can still scale down; below 1 it is no overflow.
+        overflow = trainee.scaler.is_enabled() and not math.isfinite(norm) and trainee.scaler.get_scale() >= 1
         if verdict == "ok" and not math.isfinite(norm) and not overflow:
             verdict = "nan"
         skipped = overflow
         if verdict != "ok":
             skipped = self._object(verdict, loss, norm, shares, batches, index)
-        if index < 2 and not skipped:
-            for name in gradient_gate(trainee.named, index)[:1]:
-                trainee.say(
-                    tr("Some experts saw no token in this step, for example {name}.", name=name), step=index + 1
-                )
         if not skipped:
+            self._gate(index)
             trainee.scaler.step(trainee.optimizer)
         trainee.scaler.update()
         trainee.optimizer.zero_grad(set_to_none=True)
         return norm, skipped
+
+    def _gate(self, index: int) -> None:
+        """Look at every gradient of the first two steps that count (of a start or a resumption)."""
+        if self.gated == 2:
+            return
+        self.gated += 1
+        for name in gradient_gate(self.trainee.named, index)[:1]:
+            self.trainee.say(
+                tr("Some experts saw no token in this step, for example {name}.", name=name), step=index + 1
+            )
 
     def _object(
         self, verdict: str, loss: float, norm: float, shares: torch.Tensor, batches: list[MicroBatch], index: int
@@ -228,6 +234,11 @@ class Loop:
             tokens += batch.trained_tokens
         return total / tokens, tokens
 
+    def _given_up(self) -> bool:
+        """Whether early stop has had enough; asked before a step too, for a run that is resumed there."""
+        patience = self.section.early_stop
+        return patience is not None and self.progress.since_best >= patience
+
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.total or (every is not None and step % every == 0)
 
@@ -239,7 +250,7 @@ class Loop:
         return self.run / "checkpoints"
 
     def save(self) -> None:
-        """Write a checkpoint of this step, verified, and prune old ones. Does nothing if this step is saved already."""
+        """Write a checkpoint of this step, verified, and prune old ones."""
         started, trainee, step = time.perf_counter(), self.trainee, self.progress.step
         tensors = {f"model/{name}": p.detach().cpu() for name, p in trainee.named}
         moments, scalars = optimizer_state(trainee.optimizer, trainee.named)

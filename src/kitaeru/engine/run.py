@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,11 +135,18 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None) -
     started = time.perf_counter()
 
     def emit(event: Event) -> None:
-        log(event)
+        try:
+            log(event)
+        except OSError as error:
+            raise TrainingError(
+                tr("The log of the run cannot be written: {error}", error=error),
+                where=str(run.folder / "events.jsonl"),
+                remedy=tr("Free space on this disk, then go on with --resume: the checkpoints are whole."),
+            ) from error
         for listener in listeners:
             listener(event)
 
-    step = 0
+    loop: Loop | None = None
     try:
         trainee, loop = _ready(run, emit, phase)
         asked = questions(run.plan.recipe, run.data, run.tokenizer)
@@ -174,8 +182,10 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None) -
         raise
     except BaseException as error:
         reason = str(error) if isinstance(error, KitaeruError) else f"{type(error).__name__}: {error}"
-        emit(Notice(level="error", text=reason, step=step))
-        emit(RunFinished(outcome="failed", step=step, seconds=time.perf_counter() - started, reason=reason))
+        step = 0 if loop is None else loop.progress.step
+        with suppress(TrainingError):  # the log itself may be what failed
+            emit(Notice(level="error", text=reason, step=step))
+            emit(RunFinished(outcome="failed", step=step, seconds=time.perf_counter() - started, reason=reason))
         raise
     finally:
         log.close()

@@ -21,7 +21,7 @@ def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None
 ) -> Tensor:
     """The definition, with all logits at once: a scalar, fp32."""
-    return F.cross_entropy(_logits(hidden, weight, softcap), targets, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits_of(hidden, weight, softcap), targets, ignore_index=IGNORED, reduction="sum")
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
@@ -31,11 +31,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softca
     logits and one copy of it, `2 * CHUNK_ROWS * V * 4` bytes, and the gradient of `hidden` (and of `weight`, in fp32,
     when it is trained).
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, softcap)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, softcap)  # type: ignore[no-untyped-call]
     return loss
 
 
-def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+    """fp32 [..., V] from hidden [..., h]; with `softcap` c, c tanh(logits / c)."""
     logits = (hidden @ weight.T).float()
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
@@ -55,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for chunk in rows.split(CHUNK_ROWS):
             x, wanted = hidden_compute[chunk], targets[chunk]
-            logits = _logits(x, weight_compute, softcap)
+            logits = logits_of(x, weight_compute, softcap)
             log_total = torch.logsumexp(logits, dim=-1)
             loss += (log_total - logits.gather(1, wanted[:, None]).squeeze(1)).sum()
             if not (needs_hidden or needs_weight):

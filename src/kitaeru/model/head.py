@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kitaeru.data.types import MicroBatch
-from kitaeru.kernels.linear_cross_entropy import linear_cross_entropy
+from kitaeru.kernels.linear_cross_entropy import linear_cross_entropy, logits_of
 
 LossSum = Callable[[MicroBatch], Tensor]
 
@@ -52,15 +52,25 @@ def plain_loss(model: PreTrainedModel) -> LossSum:
 
 
 def recognise_head(model: PreTrainedModel, batch: MicroBatch) -> tuple[LossSum, str]:
-    """The chunked loss if it equals the model's own on `batch`, else the plain one; and why, in a word.
+    """The chunked loss if its logits are the model's own on `batch`, else the plain one; and why, in a word.
 
-    Fits: a plain linear head without bias or adapter, with or without soft-capped logits.
+    Fits: a plain linear head without bias or adapter, with or without soft-capped logits. Logits are compared and not
+    losses: those of a fresh model hardly depend on the logits.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or getattr(head, "bias", None) is not None or not hasattr(model, model.base_model_prefix):
         return plain_loss(model), "unknown head"
     with torch.no_grad():
-        ours, theirs = chunked_loss(model)(batch), plain_loss(model)(batch)
-    if torch.isclose(ours, theirs, rtol=2e-2 if head.weight.dtype != torch.float32 else 1e-4):
+        hidden = getattr(model, model.base_model_prefix)(**forward_arguments(batch)).last_hidden_state
+        ours = logits_of(hidden, head.weight, getattr(model.config, "final_logit_softcapping", None))
+        theirs = model(**forward_arguments(batch)).logits
+    exact = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(head.weight.device.type)
+    if distance(ours, theirs) <= (1e-4 if exact else 2e-2):
         return chunked_loss(model), "chunked"
     return plain_loss(model), "the model changes its logits"
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """How far two tensors are apart, as a share of their size: 0 for equal ones, nan if one is not finite."""
+    ours, theirs = ours.double(), theirs.double()
+    return float((ours - theirs).norm() / theirs.norm())

@@ -94,7 +94,7 @@ def _keep_trainable_packing(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _attention(section: ModelSection, config: PretrainedConfig) -> str:
+def _attention(section: ModelSection, config: PretrainedConfig) -> str | None:
     if section.attention in ("auto", "packed"):
         attention.register()
         if attention.suits(config):
@@ -104,7 +104,8 @@ def _attention(section: ModelSection, config: PretrainedConfig) -> str:
                 tr("{model} does not use plain causal attention in every layer.", model=section.name),
                 remedy=tr("Leave `model.attention` out, or set it to sdpa or eager."),
             )
-        return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+        # None: SDPA where the model has it, else its own.
+        return "eager" if getattr(config, "attn_logit_softcapping", None) else None
     return section.attention
 
 

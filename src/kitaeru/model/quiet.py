@@ -16,6 +16,7 @@ _KNOWN = (
     r".*matmul_4bit: weight was quantized from.*",
     r".*is_gradient_checkpointing.*",
     r".*tie_word_embeddings.*",
+    r".*is_gradient_checkpointing. is deprecated.*",
     r".*Ensure that the model.*is loaded correctly.*",
 )
 
