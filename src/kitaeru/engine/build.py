@@ -74,6 +74,9 @@ def load(trainee: Trainee) -> None:
     recipe = trainee.plan.recipe
     if recipe.limits.threads is not None:
         torch.set_num_threads(recipe.limits.threads)
+    if trainee.device.type == "cuda" and recipe.limits.memory_gb is not None:
+        share = recipe.limits.memory_gb * 1e9 / torch.cuda.get_device_properties(trainee.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0), trainee.device)
     trainee.stored_dtype = load_config(recipe.model).dtype
     trainee.causal_lm = load_model(recipe.model, trainee.plan.layout, recipe.train.seed)
     trainee.causal_lm.config.use_cache = False

@@ -1,0 +1,131 @@
+"""Tokens/s and peak memory of `kitaeru train` on one GPU, with models of real shapes and random weights.
+
+Each point is a real run of the command line in a process of its own; what is reported comes from the run's own
+events.jsonl and plan.json: the median tokens/s after the warm-up steps, the measured and the predicted peak.
+
+    python benchmarks/single_gpu.py --out benchmarks/results/single-gpu.csv [--points qlora-8b-24gb …]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kitaeru import __version__, events
+from kitaeru.model.bundled import bundled_folder
+from kitaeru.plan.types import Plan
+
+SHAPES = {
+    "llama-3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    },
+    "llama-3.2-3b": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
+        "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+# name: (shape, method, cap in GB of 2**30 bytes or None, extra --set)
+POINTS: dict[str, tuple[str, str, float | None, tuple[str, ...]]] = {
+    "qlora-8b-24gb": ("llama-3-8b", "qlora", 24, ()),
+    "lora-8b": ("llama-3-8b", "lora", None, ()),
+    "qlora-8b": ("llama-3-8b", "qlora", None, ()),
+    "full-3b": ("llama-3.2-3b", "full", None, ()),
+    "lora-8b-24gb": ("llama-3-8b", "lora", 24, ()),
+}
+FIELDS = (
+    "point", "device", "kitaeru", "torch", "shape", "method", "cap_gib", "layout", "steps", "tokens_per_step",
+    "tokens_per_second", "peak_gib", "predicted_gib", "load_seconds", "date",
+)  # fmt: skip
+
+
+def make_model(shape: str, folder: Path) -> None:
+    """A folder with random bf16 weights of a real shape and the packaged tokenizer."""
+    if (folder / "config.json").exists():
+        return
+    config = AutoConfig.for_model(
+        "llama", max_position_embeddings=8192, head_dim=128, dtype="bfloat16", **SHAPES[shape]
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    for file in bundled_folder().glob("*token*"):
+        shutil.copy(file, folder)
+    del model
+    torch.cuda.empty_cache()
+
+
+def measure(point: str, work: Path, data: Path, steps: int) -> dict[str, object]:
+    """Run one point and return its row."""
+    shape, method, cap, extra = POINTS[point]
+    folder, run = work / shape, work / "runs" / point
+    make_model(shape, folder)
+    shutil.rmtree(run, ignore_errors=True)
+    settings = [
+        "data.seq_len=2048", "data.long=split", f"train.max_steps={steps}", "train.global_batch_tokens=16384",
+        "samples.count=0", "track.tensorboard=false", *([f"limits.memory_gb={cap * 2**30 / 1e9}"] if cap else []), *extra,
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "kitaeru", "train", str(folder), "--data", str(data), "--method", method]
+    command += ["--output", str(run), *(word for setting in settings for word in ("--set", setting))]
+    started = time.time()
+    subprocess.run(command, check=True)
+    seen = list(events.read(run / "events.jsonl"))
+    taken = [e for e in seen if isinstance(e, events.Step)][3:]
+    begun = next(e for e in seen if isinstance(e, events.RunStarted))
+    plan = Plan.load(run / "plan.json")
+    return {
+        "point": point,
+        "device": torch.cuda.get_device_name(),
+        "kitaeru": __version__,
+        "torch": torch.__version__,
+        "shape": shape,
+        "method": method,
+        "cap_gib": cap or "",
+        "layout": plan.layout.name,
+        "steps": len(taken),
+        "tokens_per_step": round(statistics.mean(e.tokens for e in taken)),
+        "tokens_per_second": round(statistics.median(e.tokens_per_second for e in taken)),
+        "peak_gib": round(max(e.peak_bytes for e in taken) / 2**30, 3),
+        "predicted_gib": round(plan.chosen.peak_bytes / 2**30, 3),
+        "load_seconds": round(begun.time - started, 1),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="raw text to train on")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--points", nargs="*", default=list(POINTS))
+    arguments = parser.parse_args()
+    rows = []
+    for point in arguments.points:
+        try:
+            rows.append(measure(point, arguments.work, arguments.data, arguments.steps))
+        except subprocess.CalledProcessError as error:
+            print(f"{point}: failed with exit code {error.returncode}", file=sys.stderr)
+            continue
+        print(json.dumps(rows[-1]), flush=True)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
