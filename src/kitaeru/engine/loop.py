@@ -44,9 +44,8 @@ class Loop:
         self, trainee: Trainee, train: Corpus, valid: Corpus | None, run: Path, fingerprints: dict[str, Any]
     ) -> None:
         recipe = trainee.plan.recipe
-        assert recipe.train.max_steps is not None
         self.trainee, self.train, self.valid, self.run = trainee, train, valid, run
-        self.section, self.total = recipe.train, recipe.train.max_steps
+        self.section = recipe.train
         self.fingerprints = fingerprints
         self.sampler = Sampler(
             train,
@@ -54,6 +53,7 @@ class Loop:
             global_batch_tokens=self.section.global_batch_tokens,
             global_batch_examples=self.section.global_batch_examples,
         )
+        self.total = self.section.max_steps or self.sampler.steps_in(self.section.epochs or 1.0)
         self.progress = Progress()
         self.watch = LossWatch(self.section)
         self.gated = 0
