@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import safe_open
 
 from kitaeru.engine.build import Trainee
 from kitaeru.errors import TrainingError
-from kitaeru.files import sync_directory
+from kitaeru.files import sync_directory, write_json
 from kitaeru.i18n import tr
 from kitaeru.model.load import model_source
 
@@ -49,12 +50,10 @@ def _save_model(trainee: Trainee, folder: Path) -> None:
     if model.config.tie_word_embeddings:
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         state = {n: t for n, t in state.items() if not (n.startswith("lm_head") and head is embedding)}
-    before = model.config.dtype, model.config.use_cache
-    model.config.dtype, model.config.use_cache = dtype, True
-    try:
-        model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
-    finally:
-        model.config.dtype, model.config.use_cache = before
+    model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
+    # transformers notes how the model is held here: in fp32, and without the cache that training has no use for.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch."), "use_cache": True})
 
 
 def _own_dtype(trainee: Trainee) -> torch.dtype:
@@ -85,4 +84,4 @@ def _plain(name: str) -> str:
     """A parameter's name without PEFT's wrapping words, which differ between memory and file."""
     for word in (".default", "base_model.model.", ".modules_to_save", ".original_module"):
         name = name.replace(word, "")
-    return name
+    return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")

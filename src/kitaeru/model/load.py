@@ -80,11 +80,11 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
     except Exception as error:
         raise _not_loaded(section, error) from error
     if layout.base == "nf4" and layout.device == "cpu":
-        _keep_trainable_packing(loaded)
+        keep_trainable_packing(loaded)
     return loaded
 
 
-def _keep_trainable_packing(model: PreTrainedModel) -> None:
+def keep_trainable_packing(model: PreTrainedModel) -> None:
     """Forbid bitsandbytes its inference-only layout of 4-bit weights on CPUs with AVX512-BF16.
 
     It repacks the weights at the first evaluation, and from then on gradients end silently at each such layer.
