@@ -66,7 +66,10 @@ def _kept_linears(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     small = sum(linear.count * c * lora.r for linear in linears)
     if lora.dora:  # the layer's own result and the adapter's are both multiplied by trained magnitudes
         small += sum(linear.count * 2 * c * linear.outputs for linear in linears)
-    casts = c == 2 and layout.base == "none"  # PEFT casts to 32 bits and autocast back: a copy for each adapter
+    # PEFT casts to 32 bits and autocast back: a copy for each adapter. Its 4-bit layers leave the casting to autocast.
+    casts = c == 2 and layout.base != "nf4"
+    if layout.base == "int8" and casts and layout.device == "cuda":  # LLM.int8 keeps its own fp16 copy of its input
+        small += sum(linear.count * c * linear.inputs for linear in shape.linears())
     if lora.dropout:  # each adapter has its own dropped input, and its mask
         mask = 1 if layout.device == "cuda" else 4 if casts else c
         return small + sum(linear.count * (c + mask) * linear.inputs for linear in linears)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kitaeru.errors import PlanError
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import tr
 from kitaeru.plan.decide import Schedule, longest_example, schedule
@@ -56,10 +57,17 @@ def state(recipe: Recipe, hardware: Hardware, shape: ModelShape, facts: DataFact
     """The problem behind a recipe.
 
     Raises:
-        PlanError: it asks for a GPU that is not there, or a micro-batch that cannot hold the longest example.
+        PlanError: it asks for a micro-batch that cannot hold the longest example.
     """
     device = pick_device(recipe, hardware)
     longest = longest_example(recipe, shape, facts)
+    micro = recipe.limits.micro_batch_tokens
+    if micro is not None and micro < longest:
+        sizes = {"longest": longest, "micro": micro}
+        raise PlanError(
+            tr("The longest example has {longest} tokens, but a micro-batch only {micro}.", **sizes),
+            remedy=tr("Raise limits.micro_batch_tokens to {longest}, or lower data.seq_len to {micro}.", **sizes),
+        )
     plan = schedule(recipe, longest, facts, on_cpu=device is None)
     return Problem(recipe, hardware, shape, device, precision_for(recipe, device), plan, longest)
 

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from kitaeru.errors import PlanError
+from kitaeru.hardware import Hardware, parse_gpus
+from kitaeru.plan.choose import default_seq_len, make_plan
+from kitaeru.plan.types import DataFacts, Plan
+from kitaeru.recipe.types import Recipe
+from kitaeru.shape import ModelShape
+
+ELYZA = "elyza/Llama-3-ELYZA-JP-8B"
+FACTS = DataFacts(examples=5000, tokens=1_500_000, longest=1800, valid_examples=200)
+LAPTOP = parse_gpus("none", "16GB", cores=4)
+A5000 = parse_gpus("2x RTX A5000", "128GB")
+# The recipe's fields that training needs and a person may leave out.
+FILLED = ("method", "strategy", "model.quantize", "data.seq_len", "train.precision", "train.learning_rate",
+          "train.warmup_steps", "train.eval_every", "train.save_every", "limits.device", "limits.micro_batch_tokens",
+          "limits.checkpointing")  # fmt: skip
+
+
+def shape_of(name: str) -> ModelShape:
+    shape = ModelShape.from_catalogue(name)
+    assert shape is not None
+    return shape
+
+
+def wish(name: str = ELYZA, **values: Any) -> Recipe:
+    return Recipe.model_validate({"model": name, "data": {"train": "d.jsonl"}, **values})
+
+
+def plan(name: str = ELYZA, on: Hardware = A5000, facts: DataFacts | None = FACTS, **values: Any) -> Plan:
+    return make_plan(wish(name, **values), on, shape_of(name), facts)
+
+
+def value(recipe: Recipe, path: str) -> Any:
+    found: Any = recipe
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize(("name", "on"), [(ELYZA, A5000), ("HuggingFaceTB/SmolLM2-135M", LAPTOP)])
+def test_nothing_is_left_open(name: str, on: Hardware) -> None:
+    made = plan(name, on)
+    for path in FILLED:
+        assert value(made.recipe, path) not in (None, "auto"), path
+    assert made.recipe.train.global_batch_tokens
+    assert made.recipe.train.epochs
+    assert all(decision.why for decision in made.decisions)
+    assert len({decision.path for decision in made.decisions}) == len(made.decisions)
+    assert all(value(made.recipe, decision.path) == decision.value for decision in made.decisions)
+    assert all(rival.why for rival in made.rivals)
+
+
+def test_a_plan_survives_its_file(tmp_path: Any) -> None:
+    made = plan()
+    made.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").chosen == made.chosen
+    assert Plan.load(tmp_path / "plan.json").recipe == made.recipe
+
+
+PINNED: list[dict[str, Any]] = [
+    {"method": "qlora"},
+    {"train": {"learning_rate": 5e-5, "max_steps": 7, "warmup_steps": 2, "eval_every": 3, "save_every": 5}},
+    {"train": {"global_batch_tokens": 40_000, "epochs": 1.5, "precision": "fp16"}},
+    {"limits": {"micro_batch_tokens": 2048, "checkpointing": True}},
+    {"limits": {"device": "cpu", "threads": 3}},
+    {"data": {"train": "d.jsonl", "seq_len": 4096}},
+    {"model": {"name": ELYZA, "quantize": "int8"}},
+]
+
+
+@pytest.mark.parametrize("values", PINNED)
+def test_what_is_pinned_stays(values: dict[str, Any]) -> None:
+    before = wish(**values)
+    made = make_plan(before, A5000, shape_of(ELYZA), FACTS)
+    decided = {decision.path for decision in made.decisions}
+    for section, given in values.items():
+        for name in given if isinstance(given, dict) else [""]:
+            path = f"{section}.{name}" if name else section
+            assert value(made.recipe, path) == value(before, path)
+            assert path not in decided
+
+
+def test_methods_by_room() -> None:
+    assert plan(on=parse_gpus("H100")).layout.method == "lora"
+    assert plan("tokyotech-llm/Swallow-13b-hf").layout.method == "qlora"
+    assert plan("codellama/CodeLlama-34b-hf").layout.method == "qlora"
+    assert plan("HuggingFaceTB/SmolLM2-135M", LAPTOP).layout.method == "lora"
+
+
+def test_activations_are_kept_where_there_is_room() -> None:
+    assert plan("Qwen/Qwen3-0.6B").layout.activations == "keep"
+    assert plan("codellama/CodeLlama-34b-hf").layout.activations == "recompute"
+
+
+def test_a_micro_batch_holds_the_longest_example_and_no_more_than_the_batch() -> None:
+    for facts in (FACTS, None, DataFacts(40, 9000, 700)):
+        made = plan("Qwen/Qwen3-0.6B", facts=facts)
+        longest = min(made.recipe.data.seq_len or 0, facts.longest) if facts else made.recipe.data.seq_len or 0
+        assert made.recipe.train.global_batch_tokens is not None
+        assert longest <= made.layout.micro_batch_tokens <= max(longest + 7, made.recipe.train.global_batch_tokens)
+
+
+def test_without_packing_a_micro_batch_is_one_example() -> None:
+    made = plan(data={"train": "d.jsonl", "packing": False})
+    assert made.layout.micro_batch_tokens == 1800
+
+
+def test_small_data_makes_about_fifty_steps() -> None:
+    made = plan("Qwen/Qwen3-0.6B", facts=DataFacts(400, 60_000, 300))
+    batch = made.recipe.train.global_batch_tokens
+    assert batch is not None
+    assert 45 <= 3 * 60_000 / batch <= 60
+    assert plan("Qwen/Qwen3-0.6B").recipe.train.global_batch_tokens == 16384
+
+
+def test_memory_limit_is_respected() -> None:
+    free = plan("Qwen/Qwen3-0.6B")
+    assert free.chosen.peak_bytes > 12e9
+    made = plan("Qwen/Qwen3-0.6B", limits={"memory_gb": 12, "checkpointing": False})
+    assert made.chosen.peak_bytes < 12e9
+    assert made.layout.micro_batch_tokens < free.layout.micro_batch_tokens
+    assert plan("Qwen/Qwen3-0.6B", limits={"memory_gb": 5}).layout.activations == "recompute"
+
+
+def test_other_gpus_are_spoken_of() -> None:
+    assert any("idle" in sentence for sentence in plan().chosen.why)
+
+
+@pytest.mark.parametrize(
+    ("name", "on", "values"),
+    [
+        (ELYZA, "RTX A5000", {"method": "full"}),
+        ("tokyotech-llm/Swallow-13b-hf", "RTX A5000", {"method": "lora"}),
+        ("codellama/CodeLlama-34b-hf", "RTX A5000", {"data": {"train": "d.jsonl", "seq_len": 16384}}),
+        (ELYZA, "RTX A5000", {"limits": {"checkpointing": False}, "method": "lora"}),
+        (ELYZA, "L4", {"method": "qlora", "limits": {"micro_batch_tokens": 65536}}),
+    ],
+)
+def test_the_remedy_fits_when_typed(name: str, on: str, values: dict[str, Any]) -> None:
+    facts = DataFacts(5000, 9_000_000, 16_000)
+    machine = parse_gpus(on)
+    with pytest.raises(PlanError) as caught:
+        plan(name, machine, facts, **values)
+    assert re.search(r"needs [0-9.]+ GB", caught.value.what)
+    assert caught.value.remedy
+    changes: dict[str, Any] = {key: dict(given) if isinstance(given, dict) else given for key, given in values.items()}
+    for path, text in re.findall(r"--set ([a-z_.]+)=(\S+)", caught.value.remedy):
+        section, _, key = path.rpartition(".")
+        typed: Any = int(text) if text.isdigit() else {"true": True, "false": False}.get(text, text)
+        if section:
+            changes.setdefault(section, {"train": "d.jsonl"} if section == "data" else {})[key] = typed
+        else:
+            changes[key] = typed
+    assert changes != values
+    assert plan(name, machine, facts, **changes).chosen.fits
+
+
+def test_a_model_nobody_trains_says_what_is_missing_in_one_breath() -> None:
+    with pytest.raises(PlanError) as caught:
+        plan("meta-llama/Llama-3.1-405B")
+    assert "times what is free" in str(caught.value)
+    assert "CodeLlama-34b" in str(caught.value)
+
+
+def test_refusals() -> None:
+    with pytest.raises(PlanError, match="no GPU"):
+        plan(on=LAPTOP, limits={"device": "cuda"})
+    with pytest.raises(PlanError, match="fsdp"):
+        plan(strategy="fsdp")
+    with pytest.raises(PlanError, match="longest"):
+        plan(limits={"micro_batch_tokens": 512}, data={"train": "d.jsonl", "seq_len": 2048})
+
+
+def test_default_seq_len() -> None:
+    shape = shape_of(ELYZA)
+    assert default_seq_len(wish(), shape) == 2048
+    assert default_seq_len(wish(data={"train": "d", "seq_len": 100}), shape) == 100
+    assert default_seq_len(wish(limits={"micro_batch_tokens": 512}), shape) == 512
+    short = ModelShape("llama", 64, 128, 2, 4, 2, 16, 1000, max_position=256)
+    assert default_seq_len(wish(), short) == 256
