@@ -18,7 +18,7 @@ from kitaeru.shape import ModelShape
 GB = 10**9
 MARGIN = 0.04
 FRAGMENTATION_BYTES = 300 * 10**6
-CPU_MARGIN = 0.10
+CPU_MARGIN = 0.15
 # More tokens at a time take memory and give no speed.
 GPU_MICRO_BATCH_TOKENS, CPU_MICRO_BATCH_TOKENS = 16384, 2048
 # torch's packed attention knows grouped heads from here on.
