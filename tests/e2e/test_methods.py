@@ -196,7 +196,9 @@ def test_lora_plus_gives_b_its_own_rate(training, tiny_model, chat_data, tmp_pat
 
 
 @pytest.mark.parametrize("change", [{"lora__dropout": 0.3}, {"train__neftune_alpha": 10.0}])
-def test_noise_is_drawn_from_the_seed_and_only_in_training(change, training, tiny_model, chat_data, valid_data, tmp_path):
+def test_noise_is_drawn_from_the_seed_and_only_in_training(
+    change, training, tiny_model, chat_data, valid_data, tmp_path
+):
     def run(name, **more):
         made = training.Training(tmp_path / name, tiny_model, chat_data, data__valid=str(valid_data), **more)
         before = made.loop.evaluate(made.data.valid)

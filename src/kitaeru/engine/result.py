@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from kitaeru.engine.build import Trainee
 from kitaeru.errors import TrainingError
@@ -23,8 +23,19 @@ def write_result(trainee: Trainee, run: Path) -> Path:
     It is written beside its place, opened again and compared with the weights in memory, and then renamed.
 
     Raises:
-        TrainingError: what lies on disk is not what was trained.
+        TrainingError: what lies on disk is not what was trained, or it cannot be written.
     """
+    try:
+        return _write(trainee, run)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            tr("The result cannot be written: {error}", error=error),
+            where=str(run),
+            remedy=tr("Free space on this disk, then go on with --resume: the checkpoints are whole."),
+        ) from error
+
+
+def _write(trainee: Trainee, run: Path) -> Path:
     adapter = isinstance(trainee.model, PeftModel)
     target = run / ("adapter" if adapter else "model")
     temporary = run / f".{target.name}.tmp"

@@ -6,6 +6,7 @@ the rest. Between the two a caller can show the plan and set up its listeners.
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from kitaeru.engine.samples import Question, questions
 from kitaeru.errors import Interrupted, KitaeruError, TrainingError, UsageError
 from kitaeru.events import Event, EventLog, Listener, Notice, RunFinished, RunStarted, Sample
 from kitaeru.files import write_atomic
+from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
 from kitaeru.machine.probe import probe
 from kitaeru.model.generate import Sampling, answer
@@ -80,7 +82,6 @@ def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None) -
     tokenizer = load_tokenizer(wish.model)
     seq_len = default_seq_len(wish, shape)
     data = prepare_data(wish, tokenizer, seq_len=seq_len, bad_rows=folder / "bad_rows.jsonl", progress=phase)
-    plan = earlier if earlier is not None else make_plan(wish, probe(), shape, data.facts)
     notices: list[str] = []
     resume_from = None
     if resume:
@@ -92,9 +93,14 @@ def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None) -
         )
         if resume_from is None:
             notices.append(tr("There is no checkpoint to go on from yet: training starts at the beginning."))
-    if earlier is None:
-        write_atomic(folder / "recipe.yaml", to_yaml(wish.model_copy(update={"output": str(folder)})))
-        plan.save(folder / "plan.json")
+    if resume_from is not None:
+        meta = json.loads((resume_from / checkpoint.META).read_text(encoding="utf-8"))
+        checkpoint.compare(meta["fingerprints"], fingerprints(wish, data))
+    # A resumed run is planned for the machine it was planned for at first: only what the wish now changes, changes.
+    hardware = probe() if earlier is None else Hardware.from_dict(earlier.hardware)
+    plan = make_plan(wish, hardware, shape, data.facts)
+    write_atomic(folder / "recipe.yaml", to_yaml(wish.model_copy(update={"output": str(folder)})))
+    plan.save(folder / "plan.json")
     return Run(folder, wish, plan, data, tokenizer, resume_from, tuple(notices))
 
 
@@ -110,8 +116,13 @@ def _earlier(folder: Path, wish: Recipe, resume: bool) -> Plan | None:
     """The plan of the run that is resumed; None for a new run.
 
     Raises:
-        UsageError: the folder holds a run already and `resume` was not asked for.
+        UsageError: the folder holds a run already and `resume` was not asked for, or it was and nothing says which run.
     """
+    if resume and wish.output is None:
+        raise UsageError(
+            tr("--resume does not know which run to go on with."),
+            remedy=tr("Name its folder: kitaeru train runs/NAME --resume, or give `output` in the recipe."),
+        )
     if not (folder / "plan.json").exists():
         return None
     if not resume:
@@ -200,7 +211,7 @@ def _ready(run: Run, emit: Listener, phase: Phase | None) -> tuple[Trainee, Loop
         held.append,
         None if phase is None else lambda title: phase(title, 0, 0),
     )
-    loop = Loop(trainee, run.data.train, run.data.valid, run.folder, fingerprints(run))
+    loop = Loop(trainee, run.data.train, run.data.valid, run.folder, fingerprints(run.wish, run.data))
     if run.resume_from is not None:
         loop.restore(run.resume_from)
     trainee.emit = emit
@@ -227,12 +238,12 @@ def _ready(run: Run, emit: Listener, phase: Phase | None) -> tuple[Trainee, Loop
     return trainee, loop
 
 
-def fingerprints(run: Run) -> dict[str, Any]:
+def fingerprints(wish: Recipe, data: Prepared) -> dict[str, Any]:
     """What must not change between a checkpoint and its resumption: the wish, and the data by content."""
-    data = {"train": run.data.train.fingerprint}
-    if run.data.valid is not None:
-        data["valid"] = run.data.valid.fingerprint
-    return {"recipe": run.wish.model_dump(mode="json"), "data": data}
+    contents = {"train": data.train.fingerprint}
+    if data.valid is not None:
+        contents["valid"] = data.valid.fingerprint
+    return {"recipe": wish.model_dump(mode="json"), "data": contents}
 
 
 def environment() -> dict[str, str]:

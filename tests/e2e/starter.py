@@ -1,0 +1,53 @@
+"""Starts kitaeru's command line many times without importing torch each time: a process that forks on request.
+
+Reads one JSON object a line: `{"argv": [...], "cwd": "...", "output": "...", "file_bytes": null}` forks a child that runs
+`kitaeru ARGV` and answers with its pid; `{"wait": pid}` answers with its exit code, or minus the signal that ended it.
+"""
+
+import json
+import os
+import resource
+import sys
+
+
+def child(request):
+    os.setsid()
+    os.chdir(request["cwd"])
+    handle = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for target in (1, 2):
+        os.dup2(handle, target)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if request.get("file_bytes"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], resource.RLIM_INFINITY))
+    from kitaeru.cli import main
+
+    code = 70
+    try:
+        code = main(request["argv"])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def answer(value):
+    print(json.dumps(value), flush=True)
+
+
+def serve():
+    import kitaeru.engine.run  # noqa: F401 - what takes seconds
+
+    answer("ready")
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            answer(os.waitstatus_to_exitcode(status))
+            continue
+        pid = os.fork()
+        if pid == 0:
+            child(request)
+        answer(pid)
+
+
+serve()
