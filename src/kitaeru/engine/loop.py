@@ -202,14 +202,15 @@ class Loop:
         return policy == "skip"
 
     def _validate(self) -> bool:
-        """Validate now; whether the loss is the lowest so far."""
+        """Validate now; whether the loss is the lowest so far (before training there is nothing to be best)."""
         assert self.valid is not None
         started = time.perf_counter()
         loss, tokens = self.evaluate(self.valid)
-        best = loss < self.progress.best_loss
-        self.progress.since_best = 0 if best else self.progress.since_best + 1
+        best = self.progress.step > 0 and loss < self.progress.best_loss
         if best:
-            self.progress.best_loss, self.progress.best_step = loss, self.progress.step
+            self.progress.best_loss, self.progress.best_step, self.progress.since_best = loss, self.progress.step, 0
+        elif self.progress.step > 0:
+            self.progress.since_best += 1
         self.trainee.emit(
             Evaluated(
                 step=self.progress.step, loss=loss, tokens=tokens, seconds=time.perf_counter() - started, best=best

@@ -99,9 +99,25 @@ def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None) -
     # A resumed run is planned for the machine it was planned for at first: only what the wish now changes, changes.
     hardware = probe() if earlier is None else Hardware.from_dict(earlier.hardware)
     plan = make_plan(wish, hardware, shape, data.facts)
-    write_atomic(folder / "recipe.yaml", to_yaml(wish.model_copy(update={"output": str(folder)})))
-    plan.save(folder / "plan.json")
+    _write_down(folder, wish, plan)
     return Run(folder, wish, plan, data, tokenizer, resume_from, tuple(notices))
+
+
+def _write_down(folder: Path, wish: Recipe, plan: Plan) -> None:
+    """The wish and the plan in the run folder.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    try:
+        write_atomic(folder / "recipe.yaml", to_yaml(wish.model_copy(update={"output": str(folder)})))
+        plan.save(folder / "plan.json")
+    except OSError as error:
+        raise TrainingError(
+            tr("The run folder cannot be written: {error}", error=error),
+            where=str(folder),
+            remedy=tr("Free space there, or choose another place: --set output=FOLDER"),
+        ) from error
 
 
 def run_folder(wish: Recipe) -> Path:
@@ -199,7 +215,8 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None) -
             emit(RunFinished(outcome="failed", step=step, seconds=time.perf_counter() - started, reason=reason))
         raise
     finally:
-        log.close()
+        with suppress(OSError):  # what could not be written has been told
+            log.close()
 
 
 def _ready(run: Run, emit: Listener, phase: Phase | None) -> tuple[Trainee, Loop]:
