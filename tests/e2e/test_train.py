@@ -160,7 +160,7 @@ def test_the_best_checkpoint_is_the_result_and_is_kept(new_folder, tmp_path):
     for name, tensor in load_file(folder.run / "adapter" / "adapter_model.safetensors").items():
         stored = best["model/" + name.replace(".weight", ".default.weight")]
         assert bool((stored == tensor).all()), name
-    last = new_folder(tmp_path / "last", **{"train__keep_best": False, "train__max_steps": 3})
+    last = new_folder(tmp_path / "last", train__keep_best=False, train__max_steps=3)
     last.train()
     assert last.events(RunFinished)[-1].best_step == 3
 

@@ -58,7 +58,11 @@ def recognise_head(model: PreTrainedModel, batch: MicroBatch) -> tuple[LossSum, 
     losses: those of a fresh model hardly depend on the logits.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or getattr(head, "bias", None) is not None or not hasattr(model, model.base_model_prefix):
+    if (
+        type(head) is not nn.Linear
+        or getattr(head, "bias", None) is not None
+        or not hasattr(model, model.base_model_prefix)
+    ):
         return plain_loss(model), "unknown head"
     with torch.no_grad():
         hidden = getattr(model, model.base_model_prefix)(**forward_arguments(batch)).last_hidden_state

@@ -3,12 +3,12 @@
 import copy
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -225,7 +225,7 @@ def test_neftune_adds_noise_of_each_examples_own_size_in_training_only(training,
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     bounds = batch.cu_seqlens.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         noise = (one - quiet)[0, begin:end]
         size = 7.0 / ((end - begin) * noise.shape[-1]) ** 0.5
         assert 0.98 * size < float(noise.abs().max()) <= size * 1.00001

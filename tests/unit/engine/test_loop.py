@@ -142,7 +142,9 @@ def test_what_is_restored_is_all_that_matters(start):
     again.run()
     assert again.losses == whole.losses[3:]
     assert [s.epoch for s in again.steps] == [s.epoch for s in whole.steps[3:]]
-    assert [(e.step, e.loss) for e in validations(again)] == [(e.step, e.loss) for e in validations(whole) if e.step > 3]
+    assert [(e.step, e.loss) for e in validations(again)] == [
+        (e.step, e.loss) for e in validations(whole) if e.step > 3
+    ]
     assert all(torch.equal(w, again.weights()[n]) for n, w in whole.weights().items())
 
 
