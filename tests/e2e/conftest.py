@@ -130,7 +130,7 @@ class Folder:
 
 @pytest.fixture(scope="session")
 def new_folder(starter: Starter, training: Any, tiny_model: Path):
-    """`new_folder(path, train__seed=3)`: a working folder with a recipe that has everything that could go wrong in it."""
+    """`new_folder(path, train__seed=3)`: a folder with a recipe in which much could go wrong."""
 
     def make(path: Path, **changes: Any) -> Folder:
         recipe: dict[str, Any] = {

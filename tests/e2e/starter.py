@@ -1,7 +1,8 @@
 """Starts kitaeru's command line many times without importing torch each time: a process that forks on request.
 
-Reads one JSON object a line: `{"argv": [...], "cwd": "...", "output": "...", "file_bytes": null}` forks a child that runs
-`kitaeru ARGV` and answers with its pid; `{"wait": pid}` answers with its exit code, or minus the signal that ended it.
+Reads one JSON object a line: `{"argv": [...], "cwd": "...", "output": "...", "file_bytes": null}` forks a child that
+runs `kitaeru ARGV` and answers with its pid; `{"wait": pid}` answers with its exit code, or minus the signal that
+ended it.
 """
 
 import json

@@ -40,7 +40,7 @@ def finished(new_folder, tmp_path_factory):
 
 
 def test_the_program_ends_well_and_says_where_everything_is(finished):
-    folder, (first, second) = finished
+    _, (first, second) = finished
     assert first.returncode == 0, first.stderr
     assert second.returncode == 0, second.stderr
     for word in ("step 6", "run/adapter", "run/report.html", "validation loss", "before", "after"):

@@ -103,15 +103,20 @@ def check_packing(trainee: Trainee) -> None:
     pair = _probe(trainee, (9, 6))
     kernel = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    alone = torch.cat([_probe_logits(trainee, _slice(pair, a, b)) for a, b in ((0, 9), (9, 15))], dim=1)
+    alone = _probe_alone(trainee, pair)
     model.set_attn_implementation(kernel)
-    apart = distance(_probe_logits(trainee, pair), alone)
+    packing = trainee.plan.recipe.data.packing
+    apart = distance(_probe_logits(trainee, pair) if packing else _probe_alone(trainee, pair), alone)
     exact = trainee.plan.layout.precision == "fp32" and trainee.plan.layout.base == "none"
     if not apart <= (1e-4 if exact else 0.1):
         if kernel == attention.NAME:
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
             check_packing(trainee)
-        elif trainee.plan.recipe.data.packing:
+        elif kernel != "eager":
+            model.set_attn_implementation("eager")
+            check_packing(trainee)
+            trainee.say(tr("Attention is computed by the model's own code: {kernel} is wrong for it.", kernel=kernel))
+        elif packing:
             raise TrainingError(
                 tr("This model mixes packed examples: they change its output by {percent:.2f} %.", percent=100 * apart),
                 remedy=tr("Train it without packing: --set data.packing=false"),
@@ -223,6 +228,10 @@ def _slice(batch: MicroBatch, start: int, end: int) -> MicroBatch:
     cut = slice(start, end)
     bounds = torch.tensor([0, end - start], dtype=torch.int32, device=batch.cu_seqlens.device)
     return MicroBatch(batch.input_ids[:, cut], batch.position_ids[:, cut], batch.targets[:, cut], bounds, end - start)
+
+
+def _probe_alone(trainee: Trainee, pair: MicroBatch) -> Tensor:
+    return torch.cat([_probe_logits(trainee, _slice(pair, a, b)) for a, b in ((0, 9), (9, 15))], dim=1)
 
 
 def _probe_logits(trainee: Trainee, batch: MicroBatch) -> Tensor:

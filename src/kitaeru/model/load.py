@@ -59,7 +59,10 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
     if layout.method == "pretrain":
         torch.manual_seed(seed)
         config.dtype = torch.float32
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
+        except Exception as error:
+            raise _not_loaded(section, error) from error
         return model.to(device)
     source = model_source(section)
     _refuse_pickles(source)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AttentionInterface,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -18,6 +19,8 @@ from transformers import (
     MixtralConfig,
     Qwen3Config,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kitaeru.data.batches import micro_batches
 from kitaeru.engine import build as building
@@ -154,25 +157,38 @@ class Mixing(nn.Module):
         self.inner = inner
 
     def forward(self, *args, **kwargs):
-        arguments = {**kwargs, "cu_seq_lens_q": torch.tensor([0, kwargs["hidden_states"].shape[1]], dtype=torch.int32)}
-        return self.inner(*args, **arguments)
+        length = kwargs["hidden_states"].shape[1]
+        mask = torch.full((1, 1, length, length), torch.finfo(torch.float32).min).triu(1)
+        return self.inner(*args, **{**kwargs, "attention_mask": mask})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_model_that_mixes_packed_examples_is_refused(training, chat_data, tiny_model, tmp_path, precision):
     made = training.Training(tmp_path, tiny_model, chat_data, "full", precision=precision)
+    made.trainee.causal_lm.set_attn_implementation("sdpa")
     for layer in made.trainee.causal_lm.model.layers:
         layer.self_attn = Mixing(layer.self_attn)
-    made.trainee.causal_lm._supports_sdpa = False  # what it falls back to must not be right by another way
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(made.trainee.causal_lm, "set_attn_implementation", lambda _: None)
-        patch.setattr(attention, "NAME", "another")
-        with pytest.raises(TrainingError, match="mixes packed examples") as caught:
-            check_packing(made.trainee)
-        assert "data.packing=false" in str(caught.value)
-        recipe = made.recipe.model_copy(update={"data": made.recipe.data.model_copy(update={"packing": False})})
-        made.trainee.plan = dataclasses.replace(made.plan, recipe=recipe)
-        check_packing(made.trainee)  # unpacked it may train
+    with pytest.raises(TrainingError, match="mixes packed examples") as caught:
+        check_packing(made.trainee)
+    assert "data.packing=false" in str(caught.value)
+    recipe = made.recipe.model_copy(update={"data": made.recipe.data.model_copy(update={"packing": False})})
+    made.trainee.plan = dataclasses.replace(made.plan, recipe=recipe)
+    check_packing(made.trainee)  # unpacked it may train
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_kernel_that_is_wrong_for_the_model_is_not_used(training, chat_data, tiny_model, tmp_path, packing):
+    """As SDPA is where scores are capped: here it scales them otherwise."""
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionInterface.register("test_wrong", lambda *a, **k: sdpa(*a, **{**k, "scaling": 3.0}))
+    AttentionMaskInterface.register("test_wrong", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    made = training.Training(tmp_path, tiny_model, chat_data, "full", data__packing=packing)
+    made.trainee.causal_lm.set_attn_implementation("test_wrong")
+    check_packing(made.trainee)
+    assert made.trainee.causal_lm.config._attn_implementation == "eager"
+    assert [n.text for n in made.notices] == [
+        "Attention is computed by the model's own code: test_wrong is wrong for it."
+    ]
 
 
 def test_a_tokenizer_that_knows_more_than_the_model_is_refused(training, chat_data, tiny_model, tmp_path):

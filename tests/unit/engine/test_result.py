@@ -95,8 +95,8 @@ def test_the_dtype_of_a_model_from_scratch_follows_its_precision(start, tmp_path
 @pytest.mark.parametrize(
     ("memory", "file"),
     [
-        ("base_model.model.model.layers.0.q_proj.lora_A.default.weight", "base_model.model.model.layers.0.q_proj.lora_A.weight"),
-        ("base_model.model.model.embed_tokens.modules_to_save.default.weight", "base_model.model.model.embed_tokens.weight"),
+        ("base_model.model.layers.0.q_proj.lora_A.default.weight", "base_model.model.layers.0.q_proj.lora_A.weight"),
+        ("base_model.model.embed_tokens.modules_to_save.default.weight", "base_model.model.embed_tokens.weight"),
         ("base_model.model.q.lora_magnitude_vector.default.weight", "base_model.model.q.lora_magnitude_vector"),
         ("model.norm.weight", "model.norm.weight"),
     ],

@@ -1,5 +1,7 @@
 """The questions that are asked before and after."""
 
+import json
+
 import pytest
 
 from kitaeru.data.prepare import prepare
@@ -31,8 +33,8 @@ def test_they_come_from_the_data_up_to_the_last_answer(ask):
 def test_a_conversation_is_cut_before_its_last_answer(ask, tmp_path):
     data = tmp_path / "long.jsonl"
     roles = ("system", "user", "assistant", "user", "assistant", "user")
-    turns = ", ".join('{"role": "%s", "content": "%d番"}' % pair for pair in zip(roles, range(6), strict=True))
-    data.write_text('{"messages": [%s]}\n' % turns)
+    turns = [{"role": role, "content": f"{i}番"} for i, role in enumerate(roles)]
+    data.write_text(json.dumps({"messages": turns}, ensure_ascii=False))
     [question] = ask(data)
     assert question.shown == "3番"
     assert [m["role"] for m in question.messages] == ["system", "user", "assistant", "user"]

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kitaeru.data.types import MicroBatch
-from kitaeru.model.head import distance, recognise_head
+from kitaeru.model.head import distance, forward_arguments, recognise_head
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_a_plain_head_is_chunked(model, batch):
     loss, why = recognise_head(model, batch)
     assert why == "chunked"
     expected = nn.functional.cross_entropy(
-        model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0],
+        model(**forward_arguments(batch)).logits[0],
         batch.targets[0],
         reduction="sum",
     )
@@ -51,7 +51,7 @@ def test_logits_that_are_changed_afterwards_are_found_out(model, batch):
     loss, why = recognise_head(model, batch)
     assert why == "the model changes its logits"
     expected = nn.functional.cross_entropy(
-        scaled(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0],
+        scaled(**forward_arguments(batch)).logits[0],
         batch.targets[0],
         reduction="sum",
     )

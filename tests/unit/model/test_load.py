@@ -126,3 +126,18 @@ def test_the_bundled_model_is_a_folder_of_the_package():
 def test_the_config_as_data_gives_the_shape(tiny_model):
     shape = ModelShape.from_config(config_dict(load_config(section(tiny_model))))
     assert shape.vocab == 16384
+
+
+@pytest.mark.parametrize("method", ["pretrain", "full"])
+def test_a_kernel_that_a_family_does_not_have_is_told(tmp_path, method):
+    Gemma2Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(section(tmp_path, attention="sdpa"), layout(method), 0)
