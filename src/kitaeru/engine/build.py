@@ -61,12 +61,17 @@ def build(
     plan: Plan, tokenizer: PreTrainedTokenizerBase, emit: Listener, progress: Callable[[str], None] | None = None
 ) -> Trainee:
     """A model on its device, adapted, checked, with its loss and optimizer, as the plan says."""
-    trainee = Trainee(plan, tokenizer, emit, torch.device(plan.layout.device))
+    trainee = Trainee(plan, tokenizer, emit, training_device(plan.layout.device))
     for step, title in PASSES:
         if progress is not None:
             progress(tr(title))
         step(trainee)
     return trainee
+
+
+def training_device(kind: str) -> torch.device:
+    """The device of that kind this process trains on; a GPU by its index, which some of torch's calls insist on."""
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def load(trainee: Trainee) -> None:

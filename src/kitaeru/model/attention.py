@@ -50,5 +50,9 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     cu_seqlens: Tensor = kwargs["cu_seq_lens_q"]
+    if torch.is_autocast_enabled(query.device.type):
+        # Positions are turned in 32 bits where the residual stream is; autocast does not know this operation.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     output = packed_attention(query, key, value, cu_seqlens, kwargs["max_length_q"], scaling)
     return output.transpose(1, 2).contiguous(), None
