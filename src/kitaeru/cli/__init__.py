@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -46,6 +47,8 @@ def _dispatch(words: list[str]) -> int:
     from kitaeru.cli.text import console
     from kitaeru.cli.verbs import build, called
 
+    # It warns while it is imported, of kernels that only inference would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     out = console()
     try:
         result = build()(

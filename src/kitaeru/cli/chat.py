@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from kitaeru.i18n import tr
 
@@ -52,6 +56,10 @@ def run(
 
 
 def _answer(console: Console, chat: Chat, text: str) -> None:
+    """Print what each voice says as it comes: plainly for one, in columns for two."""
+    if len(chat.voices) > 1 and console.is_terminal:
+        _side_by_side(console, chat, text)
+        return
     for voice in chat.voices:
         if len(chat.voices) > 1:
             console.print(f"[{voice.name}]", style="cyan", markup=False)
@@ -63,10 +71,27 @@ def _answer(console: Console, chat: Chat, text: str) -> None:
         console.print()
 
 
+def _side_by_side(console: Console, chat: Chat, text: str) -> None:
+    said = {voice.name: "" for voice in chat.voices}
+
+    def columns() -> Table:
+        table = Table(box=SIMPLE_HEAD, expand=True, padding=(0, 1))
+        for name in said:
+            table.add_column(name, header_style="cyan", ratio=1)
+        table.add_row(*(Text(answer) for answer in said.values()))
+        return table
+
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live, suppress(KeyboardInterrupt):
+        for voice in chat.voices:
+            for piece in chat.say(voice, text):
+                said[voice.name] += piece
+                live.update(columns(), refresh=True)
+
+
 def _typed(console: Console, chat: Chat) -> Iterator[str]:
     """Lines a person types, commands carried out, until they leave."""
     if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):  # line editing and history, where Python has them
+        with suppress(ImportError):  # line editing and history, where Python has them
             import readline  # noqa: F401
         console.print(tr("/reset forgets · /system TEXT sets the system message · /quit leaves"), style="dim")
     while True:

@@ -47,6 +47,9 @@ def _write(trainee: Trainee, run: Path) -> Path:
         _save_model(trainee, temporary)
     trainee.tokenizer.save_pretrained(str(temporary))
     _compare(trainee, temporary)
+    readable = (temporary / "tokenizer_config.json").stat().st_mode  # safetensors makes its files private
+    for file in temporary.glob("*.safetensors"):
+        file.chmod(readable)
     if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kitaeru.errors import ModelError
+from kitaeru.export.stream import TextPieces
 from kitaeru.i18n import tr
 from kitaeru.model.generate import Sampling, answer
 from kitaeru.model.load import load_model
@@ -51,7 +52,7 @@ class Chat:
         history = self.histories.setdefault(voice.name, [])
         system = [{"role": "system", "content": self.system}] if self.system else []
         asked = {"role": "user", "content": text}
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextPieces(self.tokenizer)
         failure: list[BaseException] = []
 
         def generate() -> None:

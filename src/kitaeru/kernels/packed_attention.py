@@ -38,12 +38,16 @@ def packed_attention(
 ) -> Tensor:
     """Exact attention of each example with itself. Returns [1, heads, T, head_dim].
 
-    On CUDA in 16 bits: torch's variable-length flash kernel. Elsewhere: torch's SDPA, one example after another.
+    On CUDA in 16 bits, from sm_80: torch's variable-length flash kernel. Elsewhere: torch's SDPA, one example after
+    another.
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_flash(query.device):
         return _varlen(query, key, value, cu_seqlens, longest, scale)
     bounds: list[int] = cu_seqlens.tolist()
     gqa = query.shape[1] != key.shape[1]
+    if gqa and query.is_cuda:  # no kernel here knows grouped heads, and the fallback for them holds all T x T scores
+        groups = query.shape[1] // key.shape[1]
+        key, value, gqa = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
     pieces = [
         F.scaled_dot_product_attention(
             query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], is_causal=True, scale=scale, enable_gqa=gqa
@@ -51,6 +55,10 @@ def packed_attention(
         for a, b in itertools.pairwise(bounds)
     ]
     return torch.cat(pieces, dim=2)
+
+
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None) -> Tensor:
