@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 import torch
@@ -124,20 +125,53 @@ def _shuffled(bits: np.random.PCG64, count: int) -> NDArray[np.int64]:
     return order
 
 
+class MicroBatches(Sequence[MicroBatch]):
+    """The micro-batches of some examples. Each is made when it is taken, so that a rank makes only its own.
+
+    `tokens` are the tokens of each; `trained_tokens` those of all together that count in the loss.
+    """
+
+    def __init__(self, corpus: Corpus, bins: list[list[int]]) -> None:
+        self._corpus, self._bins = corpus, bins
+        self.tokens: list[int] = [int(corpus.lengths[members].sum()) for members in bins]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of all micro-batches that count in the loss."""
+        spans = (slice(*self._corpus.offsets[i : i + 2]) for members in self._bins for i in members)
+        return sum(int(self._corpus.trained[span].sum()) for span in spans)
+
+    def __len__(self) -> int:
+        return len(self._bins)
+
+    @overload
+    def __getitem__(self, at: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, at: slice) -> MicroBatches: ...
+    def __getitem__(self, at: int | slice) -> MicroBatch | MicroBatches:
+        if isinstance(at, slice):
+            return MicroBatches(self._corpus, self._bins[at])
+        return _row(self._corpus, self._bins[at])
+
+    def examples(self, number: int) -> list[int]:
+        """The examples in one micro-batch, as indices into the corpus."""
+        return self._bins[number]
+
+
 def micro_batches(
     corpus: Corpus, indices: Sequence[int], *, micro_batch_tokens: int, packing: bool = True
-) -> list[MicroBatch]:
+) -> MicroBatches:
     """The examples `indices` as rows of at most `micro_batch_tokens` tokens; one example a row without `packing`.
 
     Raises:
         DataError: an example is longer than `micro_batch_tokens`. Names it.
     """
-    return [_row(corpus, members) for members in _bins(corpus, indices, micro_batch_tokens, packing)]
+    return MicroBatches(corpus, _bins(corpus, indices, micro_batch_tokens, packing))
 
 
 def eval_batches(
     corpus: Corpus, *, micro_batch_tokens: int, packing: bool = True, max_examples: int | None = None
-) -> Iterator[MicroBatch]:
+) -> MicroBatches:
     """All examples of `corpus`, or `max_examples` evenly spread ones, each once, as rows like `micro_batches`'.
 
     Raises:
@@ -145,8 +179,7 @@ def eval_batches(
     """
     count = min(len(corpus), max_examples or len(corpus))
     indices = (np.arange(count, dtype=np.int64) * len(corpus) // max(count, 1)).tolist()
-    bins = _bins(corpus, indices, micro_batch_tokens, packing)
-    return (_row(corpus, members) for members in bins)
+    return MicroBatches(corpus, _bins(corpus, indices, micro_batch_tokens, packing))
 
 
 def _bins(corpus: Corpus, indices: Sequence[int], budget: int, packing: bool) -> list[list[int]]:

@@ -16,7 +16,7 @@ _Flat = dict[str, Any]
 # What never reaches the weights: where things are written, how often one looks, and how the work is cut into pieces.
 _FREE = re.compile(
     r"recipe\.("
-    r"output|preset|limits\..*|track\..*|samples\..*|data\.workers"
+    r"output|preset|strategy|limits\..*|track\..*|samples\..*|data\.workers"
     r"|train\.(save_every|eval_every|keep_checkpoints)"
     r")"
 )

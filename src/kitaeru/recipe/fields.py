@@ -180,6 +180,8 @@ _EXAMPLES = {
     "train.final_rate": "final_rate: 0.1",
     "train.max_grad_norm": "max_grad_norm: 0.5",
     "train.seed": "seed: 1",
+    "limits.devices": "devices: 2",
+    "limits.max_restarts": "max_restarts: 3",
     "train.keep_checkpoints": "keep_checkpoints: 3",
     "train.spike_factor": "spike_factor: 2.0",
     "train.neftune_alpha": "neftune_alpha: 5",

@@ -288,6 +288,18 @@ class LimitsSection(Section):
     """What the planner decides, pinned by hand. Leave these out to have them decided."""
 
     device: Literal["cpu", "cuda"] | None = Field(None, description=N_("Train on this kind of device."))
+    devices: int | None = Field(
+        None,
+        ge=1,
+        description=N_(
+            "Use so many devices: GPUs, or on a CPU processes. Default: every GPU that is visible, and one CPU process."
+        ),
+    )
+    max_restarts: int = Field(
+        0,
+        ge=0,
+        description=N_("When a process of a run on several devices dies: start again from the last checkpoint so often."),
+    )
     micro_batch_tokens: int | None = Field(None, ge=8, description=N_("Tokens in one forward and backward pass."))
     checkpointing: bool | None = Field(
         None,
