@@ -22,7 +22,11 @@ MethodKind = Literal["full", "lora", "qlora", "pretrain"]
 class Layout:
     """One legal way to train: a point in the space the planner searches. Nothing in it is left open.
 
-    `micro_batch_tokens` is the most tokens one forward and backward pass sees on one device; `devices` the world size.
+    `micro_batch_tokens` is the most tokens one forward and backward pass sees on one device; `devices` the world size,
+    which is `replicas` (copies of the model, each with its own data) times the devices that share one copy. `variant`
+    tells ways of one strategy apart (`grad` and none of fsdp, `1f1b` and `interleaved` of pipeline, `offload` of zero).
+    `cuts` are the layers of each pipeline stage in the model's order; a rank with `chunks` stages holds every
+    (devices/replicas)-th of them.
     """
 
     strategy: str
@@ -33,11 +37,26 @@ class Layout:
     micro_batch_tokens: int
     device: Literal["cpu", "cuda"]
     devices: int = 1
+    variant: str = ""
+    replicas: int = 1
+    chunks: int = 1
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Devices that share one copy of the model's work."""
+        return self.devices // self.replicas
+
+    @property
+    def way(self) -> str:
+        """The strategy with its variant, for example `single`, `pipeline-1f1b` or, with two copies, `pipeline-1f1b-dp2`."""
+        copies = f"dp{self.replicas}" if self.strategy == "pipeline" and self.replicas > 1 else ""
+        return "-".join(part for part in (self.strategy, self.variant, copies) if part)
 
     @property
     def name(self) -> str:
         """A short name for tables, for example `single/qlora/keep/4096`."""
-        return f"{self.strategy}/{self.method}/{self.activations}/{self.micro_batch_tokens}"
+        return f"{self.way}/{self.method}/{self.activations}/{self.micro_batch_tokens}"
 
 
 @dataclass(frozen=True)
@@ -60,18 +79,53 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """How fast a layout is predicted to be. `low` and `high` bound tokens/s; `parts` are seconds of one step by kind of
+    work on the busiest device (host launches and communication count only as far as nothing hides them); `idle` is each
+    device's share of the step without work; `mfu` the share of the devices' peak rate spent on arithmetic that training
+    cannot do without. `source` says where the rates come from.
+    """
+
+    step_seconds: float
+    tokens_per_second: float
+    low: float
+    high: float
+    micro_batches: int
+    mfu: float = 0.0
+    idle: tuple[float, ...] = ()
+    parts: dict[str, float] = field(default_factory=dict)
+    source: str = "table"
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """A layout and what it costs. Bytes are per device; `memory` holds the items of the peak, which sum to it."""
+    """A layout and what it costs. Bytes are per device; `memory` holds the items of the peak on the device that is
+    fullest for its size, which sum to it. `devices` has the items of every device (empty: there is one), `phases` the
+    peak of each phase of a run on the fullest, `host` the items of `host_bytes`. `built` is False for a way that the
+    engine cannot run yet: it is shown and never chosen.
+    """
 
     layout: Layout
     memory: dict[str, int]
     host_bytes: int
     fits: bool
     why: tuple[str, ...] = ()
+    devices: tuple[dict[str, int], ...] = ()
+    phases: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    speed: Speed | None = None
+    trained_parameters: int = 0
+    global_batch_tokens: int = 0
+    built: bool = True
+
+    @property
+    def device_peaks(self) -> tuple[int, ...]:
+        """Predicted peak of allocated bytes, device by device."""
+        return tuple(sum(items.values()) for items in self.devices) or (self.peak_bytes,)
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted peak of allocated bytes on each device."""
+        """Predicted peak of allocated bytes on the fullest device."""
         return sum(self.memory.values())
 
 
@@ -120,4 +174,10 @@ class Plan:
 
 
 def _candidate(value: dict[str, Any]) -> Candidate:
-    return Candidate(**{**value, "layout": Layout(**value["layout"]), "why": tuple(value["why"])})
+    layout = dict(value["layout"])
+    layout["cuts"] = tuple(layout.get("cuts", ()))
+    speed = value.get("speed")
+    if speed is not None:
+        speed = Speed(**{**speed, "idle": tuple(speed["idle"])})
+    changed = {"layout": Layout(**layout), "why": tuple(value["why"]), "devices": tuple(value.get("devices", ()))}
+    return Candidate(**{**value, **changed, "speed": speed})
