@@ -12,28 +12,38 @@ from dataclasses import dataclass
 from kitaeru.hardware import Device
 from kitaeru.i18n import tr
 from kitaeru.plan.types import Activations, Base, Layout, MethodKind, Precision
+from kitaeru.recipe.checks import STRATEGIES_BUILT
 from kitaeru.recipe.types import Recipe
+from kitaeru.shape import ModelShape
 
-# What the engine can run today; the planner never chooses anything else.
-BUILT_STRATEGIES = ("single",)
+# Variants the engine can run of a strategy that `recipe.checks.STRATEGIES_BUILT` names; the planner shows the others
+# and never chooses them.
+VARIANTS_BUILT: dict[str, tuple[str, ...]] = {"pipeline": ("1f1b",)}
+SHARDED = ("fsdp", "zero3")
+ZERO = ("zero1", "zero2", "zero3")
+BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a rule looks at: the layout, the wish, the device (None on a CPU)."""
+    """What a rule looks at: the layout, the wish, the device (None on a CPU), and where they are known the model and
+    the micro-batches of one step on one replica.
+    """
 
     layout: Layout
     recipe: Recipe
     device: Device | None
+    shape: ModelShape | None = None
+    micro_batches: int = 0
 
 
 Rule = Callable[[Case], str | None]
 
 
-def _strategy_is_built(case: Case) -> str | None:
-    if case.layout.strategy in BUILT_STRATEGIES:
-        return None
-    return tr("The strategy {strategy} is not built yet: one device trains.", strategy=case.layout.strategy)
+def is_built(layout: Layout) -> bool:
+    """Whether the engine can run this way today."""
+    variants = VARIANTS_BUILT.get(layout.strategy, ("",))
+    return layout.strategy in STRATEGIES_BUILT and layout.variant in variants
 
 
 def _cuda_needs_a_gpu(case: Case) -> str | None:
@@ -93,9 +103,107 @@ def _pissa_needs_a_whole_base(case: Case) -> str | None:
     return tr("PiSSA starts from the singular values of weights that are not quantised.")
 
 
+def _several_devices(case: Case) -> str | None:
+    if case.layout.strategy == "single" or case.layout.devices > 1:
+        return None
+    return tr("{strategy} shares work between devices, and there is one.", strategy=case.layout.strategy)
+
+
+def _int8_is_not_sharded(case: Case) -> str | None:
+    if case.layout.base != "int8" or case.layout.strategy not in (*SHARDED, "tensor"):
+        return None
+    return tr("LLM.int8 keeps its weights where {strategy} cannot cut them.", strategy=case.layout.strategy)
+
+
+def _tensor_needs_whole_weights(case: Case) -> str | None:
+    if case.layout.strategy != "tensor" or case.layout.base == "none":
+        return None
+    return tr("bitsandbytes packs a 4-bit weight in one piece; tensor parallelism would have to cut it.")
+
+
+def _tensor_divides_heads(case: Case) -> str | None:
+    shape, count = case.shape, case.layout.ranks_per_replica
+    if case.layout.strategy != "tensor" or shape is None or count < 2:
+        return None
+    widths = (shape.heads, shape.kv_heads, shape.expert_intermediate or shape.intermediate)
+    if all(width % count == 0 for width in widths):
+        return None
+    return tr(
+        "Tensor parallelism over {count} devices needs {heads} query heads, {keys} key heads and an MLP of {width} to "
+        "divide by {count}.",
+        count=count,
+        heads=widths[0],
+        keys=widths[1],
+        width=widths[2],
+    )
+
+
+def _stages_have_layers(case: Case) -> str | None:
+    layout, shape = case.layout, case.shape
+    if layout.strategy not in ("pipeline", "model_parallel") or shape is None:
+        return None
+    stages = layout.ranks_per_replica * layout.chunks
+    if shape.layers >= stages:
+        return None
+    return tr(
+        "{stages} stages need at least as many layers; the model has {layers}.", stages=stages, layers=shape.layers
+    )
+
+
+def _trained_tables_are_on_one_device(case: Case) -> str | None:
+    layout, shape = case.layout, case.shape
+    if layout.strategy != "pipeline" or shape is None or not shape.tied or layout.method in ("lora", "qlora"):
+        return None
+    return tr(
+        "Input and output share one table; a pipeline would train two copies of it, on its first and last device."
+    )
+
+
+def _interleaving_goes_in_rounds(case: Case) -> str | None:
+    layout = case.layout
+    if layout.variant != "interleaved" or not case.micro_batches:
+        return None
+    if case.micro_batches % layout.ranks_per_replica == 0:
+        return None
+    return tr(
+        "An interleaved pipeline takes micro-batches in rounds of {ranks}; a step has {count}.",
+        ranks=layout.ranks_per_replica,
+        count=case.micro_batches,
+    )
+
+
+def _optimizer_sees_whole_weights(case: Case) -> str | None:
+    optimizer = case.recipe.train.optimizer
+    if case.layout.strategy not in ("fsdp", *ZERO) or optimizer not in (*BITSANDBYTES_OPTIMIZERS, "adafactor"):
+        return None
+    return tr(
+        "{optimizer} needs whole weights; {strategy} gives each device a piece.",
+        optimizer=optimizer,
+        strategy=case.layout.strategy,
+    )
+
+
+def _offloaded_optimizer_is_adamw(case: Case) -> str | None:
+    if not case.layout.variant.startswith("offload") or case.recipe.train.optimizer == "adamw":
+        return None
+    return tr("An optimizer that runs on the CPU is AdamW.")
+
+
+def _adapters_need_no_offload(case: Case) -> str | None:
+    if not case.layout.variant.startswith("offload") or case.layout.method in ("full", "pretrain"):
+        return None
+    return tr("An adapter's optimizer is too small for offloading it to give room.")
+
+
+def _zero_needs_a_gpu(case: Case) -> str | None:
+    if case.layout.strategy not in ZERO or case.layout.device == "cuda":
+        return None
+    return tr("DeepSpeed's ZeRO needs GPUs.")
+
+
 RULES: tuple[Rule, ...] = (
-    _strategy_is_built,
     _cuda_needs_a_gpu,
+    _several_devices,
     _whole_weights_are_not_quantised,
     _qlora_is_nf4,
     _bf16_needs_ampere,
@@ -104,13 +212,62 @@ RULES: tuple[Rule, ...] = (
     _quantised_needs_pascal,
     _paged_needs_a_gpu,
     _pissa_needs_a_whole_base,
+    _int8_is_not_sharded,
+    _tensor_needs_whole_weights,
+    _tensor_divides_heads,
+    _stages_have_layers,
+    _trained_tables_are_on_one_device,
+    _interleaving_goes_in_rounds,
+    _optimizer_sees_whole_weights,
+    _offloaded_optimizer_is_adamw,
+    _adapters_need_no_offload,
+    _zero_needs_a_gpu,
 )
 
 
-def illegal(layout: Layout, recipe: Recipe, device: Device | None) -> str | None:
+def illegal(
+    layout: Layout, recipe: Recipe, device: Device | None, shape: ModelShape | None = None, micro_batches: int = 0
+) -> str | None:
     """Why this layout cannot be used; None when it can."""
-    case = Case(layout, recipe, device)
+    case = Case(layout, recipe, device, shape, micro_batches)
     return next((reason for rule in RULES if (reason := rule(case))), None)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How devices share the work: the part of a layout that does not depend on method or micro-batch."""
+
+    strategy: str
+    variant: str = ""
+    devices: int = 1
+    replicas: int = 1
+    chunks: int = 1
+
+
+_OFFLOADS = {"zero1": ("",), "zero2": ("", "offload"), "zero3": ("", "offload", "offload-bf16", "offload-all")}
+
+
+def arrangements(wish: str, count: int) -> Iterator[Arrangement]:
+    """Ways to use `count` devices, simplest first; `wish` is the recipe's strategy."""
+    for arrangement in _all_arrangements(count):
+        if wish in ("auto", arrangement.strategy):
+            yield arrangement
+
+
+def _all_arrangements(count: int) -> Iterator[Arrangement]:
+    yield Arrangement("single")
+    if count < 2:  # shown as illegal, with the reason
+        yield from (Arrangement(name) for name in ("ddp", "fsdp", "pipeline", "model_parallel", "tensor", *ZERO))
+        return
+    yield Arrangement("ddp", "", count, count)
+    yield Arrangement("model_parallel", "", count)
+    yield from (Arrangement("fsdp", variant, count, count) for variant in ("", "grad"))
+    for stages in (s for s in range(2, count + 1) if count % s == 0):
+        yield Arrangement("pipeline", "1f1b", count, count // stages)
+        yield Arrangement("pipeline", "interleaved", count, count // stages, 2)
+        yield Arrangement("pipeline", "gpipe", count, count // stages)
+    yield Arrangement("tensor", "", count)
+    yield from (Arrangement(name, variant, count, count) for name in ZERO for variant in _OFFLOADS[name])
 
 
 def ways(recipe: Recipe) -> Iterator[tuple[MethodKind, Base]]:

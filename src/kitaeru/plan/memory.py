@@ -47,6 +47,8 @@ ITEMS: dict[str, str] = {
     "activations": N_("what the layers keep for the backward pass"),
     "head": N_("the output head and the loss, a chunk of rows at a time"),
     "workspace": N_("what one layer holds while its backward pass runs"),
+    "gathered": N_("weights gathered from the other devices for the layers at work"),
+    "communication": N_("buffers of what is sent between devices"),
     "process": N_("Python and its libraries"),
 }
 
@@ -108,8 +110,8 @@ def memory_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[st
     end of it (every gradient there, one layer kept), and the optimizer's step.
     """
     stored = stored_items(layout, shape, setting)
-    moments = [{**stored, **moment} for moment in _moments(layout, shape, setting)]
-    worst = max(moments, key=lambda moment: sum(moment.values()))
+    every = [{**stored, **moment} for moment in moments(layout, shape, setting)]
+    worst = max(every, key=lambda moment: sum(moment.values()))
     if layout.device == "cpu":
         worst["process"] = CPU_PROCESS_BYTES
     return {name: worst[name] for name in ITEMS if worst.get(name)}
@@ -123,21 +125,32 @@ def stored_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[st
     return {"weights": weights, "quantization": scales, "adapter": adapter, "optimizer": optimizer}
 
 
-def _moments(layout: Layout, shape: ModelShape, setting: Setting) -> list[dict[str, int]]:
+def moments(
+    layout: Layout, shape: ModelShape, setting: Setting, *, sets: float = 1, head: bool = True
+) -> list[dict[str, int]]:
+    """What passes, at each moment of a step that may be its fullest; the last is the optimizer's step.
+
+    `sets` micro-batches are kept at once (a pipeline's early stages keep several); a part of a model without the output
+    `head` has no moment of its own for it.
+    """
     gradients = 4 * trained_parameters(layout, shape, setting.lora)
     held = gradients if setting.accumulates else 0
     casts = cast_bytes(layout, shape, setting.lora)
-    still_cast = casts // shape.layers if layout.activations == "recompute" else casts
-    kept, again = activation_bytes(layout, shape, setting), recomputed_layer_bytes(layout, shape, setting)
+    still_cast = casts // max(1, shape.layers) if layout.activations == "recompute" else casts
+    again = recomputed_layer_bytes(layout, shape, setting)
+    kept = int(activation_bytes(layout, shape, setting) * sets)
     norm, layer = workspace_bytes(layout, shape, setting.lora)
     # A trained head's gradient: the saved one and its product with the upstream gradient, beside what accumulates.
-    head = 8 * shape.vocab * shape.hidden if trains_all(layout) else 0
+    trained_head = 8 * shape.vocab * shape.hidden if head and trains_all(layout) else 0
     last = one_layer_bytes(layout, shape, setting)
-    start = {"gradients": held, "weight_casts": still_cast, "head": head}
-    return [
+    start = {"gradients": held, "weight_casts": still_cast, "head": trained_head}
+    with_head = [
         {"gradients": held, "weight_casts": casts, "activations": kept, "head": head_bytes(layout, shape)},
         {**start, "activations": kept, "workspace": norm},
-        {**start, "activations": kept + again, "workspace": layer, "head": head // 2},
+    ]
+    return [
+        *(with_head if head else ()),
+        {**start, "activations": kept + again, "workspace": layer, "head": trained_head // 2},
         {"gradients": gradients, "activations": last, "workspace": layer},
         {"gradients": gradients, "workspace": _step_workspace(layout, shape, setting)},
     ]
@@ -153,8 +166,13 @@ def _step_workspace(layout: Layout, shape: ModelShape, setting: Setting) -> int:
 
 
 def device_overhead_bytes(layout: Layout) -> int:
-    """What a CUDA process takes outside torch's allocator: context, loaded kernels, cuBLAS workspaces. 0 on a CPU."""
-    return 600 * 10**6 if layout.device == "cuda" else 0
+    """What a CUDA process takes outside torch's allocator: context, loaded kernels, cuBLAS workspaces. 0 on a CPU.
+
+    Several devices have NCCL's channels beside it: 0.1 to 0.4 GB for a communicator, not measured here.
+    """
+    if layout.device == "cpu":
+        return 0
+    return 600 * 10**6 + (300 * 10**6 if layout.devices > 1 else 0)
 
 
 def host_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:

@@ -49,7 +49,7 @@ class Layout:
 
     @property
     def way(self) -> str:
-        """The strategy with its variant, for example `single`, `pipeline-1f1b` or, with two copies, `pipeline-1f1b-dp2`."""
+        """The strategy with its variant: `single`, `pipeline-1f1b` or, with two copies, `pipeline-1f1b-dp2`."""
         copies = f"dp{self.replicas}" if self.strategy == "pipeline" and self.replicas > 1 else ""
         return "-".join(part for part in (self.strategy, self.variant, copies) if part)
 

@@ -1,0 +1,50 @@
+"""RAM of the machine, item by item: processes, weights on their way to a device, what an offload keeps there."""
+
+from __future__ import annotations
+
+from kitaeru.i18n import N_
+from kitaeru.plan.memory import GPU_PROCESS_HOST_BYTES, host_bytes
+from kitaeru.plan.stored import Setting, trained_parameters
+from kitaeru.plan.types import Layout
+from kitaeru.shape import ModelShape
+
+# Bytes of a trained number in RAM: DeepSpeed's CPU AdamW has a 32-bit weight, two moments and a 32-bit gradient.
+MASTER_BYTES, GRADIENT_BYTES = 4, 4
+MOMENT_BYTES = {"offload": 8, "offload-all": 8, "offload-bf16": 4}
+# Pinned buffers through which a device's copies go, for each device.
+PINNED_BYTES = 10**9
+
+HOST_ITEMS: dict[str, str] = {
+    "processes": N_("Python and its libraries, for each process"),
+    "loading": N_("weights on their way to the devices"),
+    "optimizer": N_("the optimizer's state"),
+    "gradients": N_("gradients on their way to the optimizer"),
+    "weights": N_("weights that come to the devices layer by layer"),
+    "pinned": N_("pinned buffers of the copies"),
+}
+
+
+def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str, int]:
+    """Bytes of RAM by item; loading and the rest are counted together, since a resumed run may have both.
+
+    >>> llama = ModelShape("llama", 4096, 11008, 32, 32, 32, 128, 32000)
+    >>> from kitaeru.recipe.types import LoraSection
+    >>> cut = Layout("zero3", "full", "none", "bf16", "recompute", 2048, "cuda", 2, "offload", 2)
+    >>> sum(host_items(cut, llama, Setting(LoraSection())).values()) // 10**9
+    120
+    """
+    if layout.device == "cpu":
+        return {"processes": host_bytes(layout, shape, setting) * layout.devices}
+    processes = 1 if layout.strategy in ("single", "model_parallel") else layout.devices
+    items = {
+        "processes": processes * GPU_PROCESS_HOST_BYTES,
+        "loading": host_bytes(layout, shape, setting) - GPU_PROCESS_HOST_BYTES,
+    }
+    if layout.variant in MOMENT_BYTES:
+        trained = trained_parameters(layout, shape, setting.lora)
+        items["optimizer"] = (MASTER_BYTES + MOMENT_BYTES[layout.variant]) * trained
+        items["gradients"] = GRADIENT_BYTES * trained
+        items["pinned"] = PINNED_BYTES * layout.devices
+        if layout.variant == "offload-all":
+            items["weights"] = 2 * shape.parameters()
+    return {name: size for name, size in items.items() if size}

@@ -1,0 +1,153 @@
+"""Pipeline schedules, and a simulator that says when each device works and when it waits.
+
+A model is cut into stages; rank r of p holds the stages r, r+p, r+2p …, its chunks. A schedule is each rank's fixed
+order of forward and backward passes; a pass starts when its rank is free and what it needs has arrived. Nothing is
+assumed of the stages' times: they may differ, and so may the devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["F", "B"]
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward (F) or backward (B) pass of one micro-batch through one stage."""
+
+    kind: Kind
+    stage: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What a simulation found: seconds from the first pass to the last, and each rank's share of them without work."""
+
+    seconds: float
+    idle: tuple[float, ...]
+
+
+def orders(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> list[list[Pass]]:
+    """Each rank's passes in order.
+
+    >>> [f"{p.kind}{p.micro_batch}" for p in orders("1f1b", 2, 3)[0]]
+    ['F0', 'F1', 'B0', 'F2', 'B1', 'B2']
+    """
+    if schedule == "gpipe":
+        return [list(_gpipe(rank, micro_batches)) for rank in range(ranks)]
+    if chunks == 1:
+        return [list(_one_forward_one_backward(rank, ranks, micro_batches)) for rank in range(ranks)]
+    return [list(_interleaved(rank, ranks, micro_batches, chunks)) for rank in range(ranks)]
+
+
+def _gpipe(rank: int, micro_batches: int) -> Iterator[Pass]:
+    yield from (Pass("F", rank, j) for j in range(micro_batches))
+    yield from (Pass("B", rank, j) for j in range(micro_batches))
+
+
+def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> Iterator[Pass]:
+    ahead = min(micro_batches, ranks - rank - 1)
+    yield from (Pass("F", rank, j) for j in range(ahead))
+    for j in range(micro_batches - ahead):
+        yield Pass("F", rank, j + ahead)
+        yield Pass("B", rank, j)
+    yield from (Pass("B", rank, j) for j in range(micro_batches - ahead, micro_batches))
+
+
+def _interleaved(rank: int, ranks: int, micro_batches: int, chunks: int) -> Iterator[Pass]:
+    """Rounds of `ranks` micro-batches go through one chunk after the other (Narayanan et al., arXiv 2104.04473)."""
+
+    def at(step: int, kind: Kind) -> Pass:
+        part, lane = divmod(step, ranks)
+        chunk = part % chunks
+        micro_batch = part // chunks * ranks + lane
+        return Pass(kind, (chunk if kind == "F" else chunks - 1 - chunk) * ranks + rank, micro_batch)
+
+    total = micro_batches * chunks
+    ahead = min(total, (ranks - rank - 1) * 2 + (chunks - 1) * ranks)
+    yield from (at(step, "F") for step in range(ahead))
+    for step in range(total - ahead):
+        yield at(step + ahead, "F")
+        yield at(step, "B")
+    yield from (at(step, "B") for step in range(total - ahead, total))
+
+
+def in_flight(schedule: str, rank: int, ranks: int, micro_batches: int, chunks: int = 1) -> int:
+    """The most forward passes a rank has made whose backward pass is still to come: sets of activations it keeps.
+
+    Counted in stages: with two chunks, two passes keep as much as one pass through both.
+
+    >>> [in_flight("1f1b", rank, 4, 8) for rank in range(4)], in_flight("gpipe", 0, 4, 8)
+    ([4, 3, 2, 1], 8)
+    """
+    if schedule == "gpipe":
+        return micro_batches
+    if chunks == 1:
+        return min(micro_batches, ranks - rank)
+    return min(micro_batches * chunks, (ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1)
+
+
+def simulate(
+    order: Sequence[Sequence[Pass]], forward: Sequence[float], backward: Sequence[float], transfer: float = 0.0
+) -> Timeline:
+    """Run a schedule. `forward` and `backward` are seconds of each stage, `transfer` of one hand-over between ranks.
+
+    >>> round(simulate(orders("1f1b", 4, 8), [1.0] * 4, [2.0] * 4).idle[0], 4)  # (p - 1) / (m + p - 1) = 3 / 11
+    0.2727
+
+    Raises:
+        ValueError: the schedule waits for itself.
+    """
+    last, ranks = len(forward) - 1, len(order)
+    done: dict[Pass, float] = {}
+    free, busy, at = [0.0] * ranks, [0.0] * ranks, [0] * ranks
+    left = sum(len(passes) for passes in order)
+    while left:
+        before = left
+        for rank, passes in enumerate(order):
+            while at[rank] < len(passes):
+                now = passes[at[rank]]
+                needed = _needs(now, last)
+                if needed is not None and needed not in done:
+                    break
+                arrived = 0.0
+                if needed is not None:
+                    arrived = done[needed] + (transfer if needed.stage % ranks != rank else 0.0)
+                seconds = forward[now.stage] if now.kind == "F" else backward[now.stage]
+                free[rank] = max(free[rank], arrived) + seconds
+                busy[rank] += seconds
+                done[now] = free[rank]
+                at[rank] += 1
+                left -= 1
+        if left == before:
+            raise ValueError("the schedule waits for itself")
+    total = max(free)
+    return Timeline(total, tuple(1 - used / total if total else 0.0 for used in busy))
+
+
+def _needs(now: Pass, last: int) -> Pass | None:
+    """The pass whose result this one takes; None for the first forward pass of a micro-batch."""
+    if now.kind == "F":
+        return Pass("F", now.stage - 1, now.micro_batch) if now.stage else None
+    return Pass("B", now.stage + 1, now.micro_batch) if now.stage < last else Pass("F", last, now.micro_batch)
+
+
+def balanced_cuts(layers: int, layer_seconds: Sequence[float], extra_seconds: Sequence[float]) -> tuple[int, ...]:
+    """Layers for each stage so that the slowest stage is as fast as it can be; every stage has at least one.
+
+    `layer_seconds` is one layer's time on each stage's device, `extra_seconds` what a stage does beside its layers (the
+    head on the last).
+
+    >>> balanced_cuts(32, [1.0, 1.0], [0.0, 2.0]), balanced_cuts(32, [1.0, 3.0], [0.0, 0.0])
+    ((17, 15), (24, 8))
+    """
+    cuts = [1] * len(layer_seconds)
+    for _ in range(layers - len(cuts)):
+        after = [(n + 1) * t + e for n, t, e in zip(cuts, layer_seconds, extra_seconds, strict=True)]
+        cuts[after.index(min(after))] += 1
+    return tuple(cuts)

@@ -1,0 +1,207 @@
+"""How many bytes each device of a layout takes: what one device would (`plan.memory`), shared out as the strategy does.
+
+A pipeline stage is a model with fewer layers; a tensor-parallel rank one with fewer heads and a narrower MLP. FSDP and
+ZeRO divide what is stored and gather the weights of the layers at work. Single-device counts are measured on a GPU
+(tests); how they are shared out is derived from the strategies' own rules and not measured yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from kitaeru.plan.activations import one_layer_bytes
+from kitaeru.plan.layouts import SHARDED, ZERO
+from kitaeru.plan.memory import CPU_PROCESS_BYTES, ITEMS, head_bytes, moments, stored_items, workspace_bytes
+from kitaeru.plan.pipeline import in_flight
+from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters, trains_all, weight_bytes
+from kitaeru.plan.types import Layout
+from kitaeru.shape import ModelShape
+
+# DDP reduces gradients in buckets of 25 MiB: one fills while another is sent.
+DDP_BUCKET_BYTES = 25 << 20
+# A sharded strategy gathers the next layer's weights while one is at work.
+LAYERS_GATHERED = 2
+PHASES = ("loading", "first_step", "steady_step", "evaluation", "saving")
+
+Items = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank holds: a model of its own, whether the head is in it, how many micro-batches it keeps at once."""
+
+    shape: ModelShape
+    head: bool = True
+    sets: float = 1.0
+
+
+def part_of(layout: Layout, shape: ModelShape, rank: int, micro_batches: int) -> Part:
+    """What rank `rank` of a replica holds.
+
+    >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
+    >>> cut = Layout("pipeline", "qlora", "nf4", "bf16", "keep", 2048, "cuda", 2, "1f1b", cuts=(17, 15))
+    >>> first, last = (part_of(cut, llama, rank, 8) for rank in (0, 1))
+    >>> (first.shape.layers, first.head, first.sets), (last.shape.layers, last.head, last.sets)
+    ((17, False, 2.0), (15, True, 1.0))
+    """
+    ranks = layout.ranks_per_replica
+    if layout.strategy == "tensor":
+        return Part(_narrowed(shape, ranks))
+    if layout.strategy not in ("pipeline", "model_parallel") or ranks == 1:
+        return Part(shape)
+    layers = sum(layout.cuts[rank::ranks])
+    first, last = rank == 0, rank == ranks - 1
+    sets = 1.0
+    if layout.strategy == "pipeline":
+        sets = in_flight(layout.variant, rank, ranks, micro_batches, layout.chunks) / layout.chunks
+    return Part(_shortened(shape, layers, first, last), last, sets)
+
+
+def _narrowed(shape: ModelShape, ranks: int) -> ModelShape:
+    return replace(
+        shape,
+        heads=-(-shape.heads // ranks),
+        kv_heads=-(-shape.kv_heads // ranks),
+        intermediate=-(-shape.intermediate // ranks),
+        expert_intermediate=-(-shape.expert_intermediate // ranks),
+        shared_expert_intermediate=-(-shape.shared_expert_intermediate // ranks),
+        vocab=-(-shape.vocab // ranks),
+    )
+
+
+def _shortened(shape: ModelShape, layers: int, first: bool, last: bool) -> ModelShape:
+    """A stage as a model: its layers, and the input table on the first, the output table on the last."""
+    return replace(
+        shape,
+        layers=layers,
+        sliding_layers=min(layers, -(-shape.sliding_layers * layers // shape.layers)),
+        dense_layers=min(layers, shape.dense_layers * layers // shape.layers),
+        vocab=shape.vocab if first or last else 0,
+        tied=shape.tied or not (first and last),
+        learned_positions=shape.learned_positions if first else 0,
+    )
+
+
+def rank_moments(layout: Layout, shape: ModelShape, setting: Setting, rank: int, micro_batches: int) -> list[Items]:
+    """Bytes by item on one rank of a replica at each moment of a step that may be its fullest."""
+    part = part_of(layout, shape, rank, micro_batches)
+    stored = stored_items(layout, part.shape, setting)
+    passing = moments(layout, part.shape, setting, sets=part.sets, head=part.head)
+    every = [{**stored, **moment} for moment in passing]
+    if layout.devices > 1:
+        every = [_shared(layout, shape, setting, moment, last=i == len(every) - 1) for i, moment in enumerate(every)]
+    if layout.device == "cpu":
+        every = [{**moment, "process": CPU_PROCESS_BYTES} for moment in every]
+    return every
+
+
+def rank_items(layout: Layout, shape: ModelShape, setting: Setting, rank: int, micro_batches: int) -> Items:
+    """Bytes by item on one rank when their sum is largest; they add up to the rank's predicted peak."""
+    every = rank_moments(layout, shape, setting, rank, micro_batches)
+    worst = max(every, key=lambda moment: sum(moment.values()))
+    return {name: worst[name] for name in ITEMS if worst.get(name)}
+
+
+def _shared(layout: Layout, shape: ModelShape, setting: Setting, moment: Items, *, last: bool) -> Items:
+    """A moment of one device as the strategy shares it out; `last` is the optimizer's step."""
+    if layout.strategy == "ddp":
+        return {**moment, "communication": min(2 * DDP_BUCKET_BYTES, moment.get("gradients", 0))}
+    if layout.strategy in ("fsdp", *ZERO):
+        return _divided(layout, shape, setting, moment, last=last)
+    width = layout.micro_batch_tokens * shape.hidden
+    if layout.strategy == "tensor":
+        return moment if last else {**moment, "communication": 2 * compute_bytes(layout) * width}
+    copies = (2 if layout.replicas > 1 else 0) * min(DDP_BUCKET_BYTES, moment.get("gradients", 0))
+    return {**moment, "communication": copies if last else copies + 4 * residual_bytes(layout) * width}
+
+
+def _divided(layout: Layout, shape: ModelShape, setting: Setting, moment: Items, *, last: bool) -> Items:
+    """FSDP and ZeRO: what is stored is divided by the devices as far as the strategy divides it.
+
+    ZeRO trains 16-bit weights with a 32-bit copy in the divided optimizer; FSDP keeps 32-bit pieces and gathers them in
+    16 bits. Neither has autocast's copies of weights.
+    """
+    count, zero = layout.devices, layout.strategy in ZERO
+    shared = dict(moment)
+    shared.pop("weight_casts", None)
+    trained = trained_parameters(layout, shape, setting.lora)
+    if zero:
+        _as_16_bits(shared, layout, trained)
+    divided = {"optimizer"} | ({"gradients"} if layout.strategy != "zero1" else set())
+    if layout.strategy in SHARDED:
+        divided |= {"weights", "quantization", "adapter"}
+    for name in divided & shared.keys():
+        shared[name] = -(-shared[name] // count)
+    shared["communication"] = _reduction_bytes(layout, shape, setting, trained)
+    if layout.strategy in SHARDED and not last:
+        shared["gathered"] = gathered_bytes(layout, shape)
+    if layout.variant.startswith("offload"):
+        shared.pop("optimizer", None)
+        shared.pop("gradients", None)
+        if layout.variant == "offload-all":
+            shared["weights"] = 0
+    return shared
+
+
+def _as_16_bits(shared: Items, layout: Layout, trained: int) -> None:
+    width = compute_bytes(layout)
+    if trains_all(layout):
+        shared["weights"] = width * trained
+    else:
+        shared["adapter"] = width * trained
+    if shared.get("gradients"):
+        shared["gradients"] = width * trained
+    shared["optimizer"] = shared["optimizer"] + (4 * trained if width == 2 else 0)
+
+
+def _reduction_bytes(layout: Layout, shape: ModelShape, setting: Setting, trained: int) -> int:
+    """Gradients on their way to the device that owns them: of the layers at work, or two buckets of ZeRO's."""
+    width = 4 if layout.strategy == "fsdp" else compute_bytes(layout)
+    return LAYERS_GATHERED * width * min(trained, max(trained // shape.layers, shape.hidden**2 // shape.layers))
+
+
+def layer_weight_bytes(layout: Layout, shape: ModelShape) -> tuple[int, int]:
+    """Weights of one layer and of the tables outside the layers as they are sent between devices: a frozen weight as it
+    is stored, a trained one in the arithmetic's width.
+    """
+    sent = layout
+    if trains_all(layout):
+        sent = replace(layout, method="lora", base="none")
+    outside = shape.embedding_parameters() * compute_bytes(layout)
+    return -(-(sum(weight_bytes(sent, shape)) - outside) // shape.layers), outside
+
+
+def gathered_bytes(layout: Layout, shape: ModelShape) -> int:
+    """Weights a sharding strategy holds whole for a while: layers at work and the tables; with `grad` all of them."""
+    layer, outside = layer_weight_bytes(layout, shape)
+    return outside + layer * (shape.layers if layout.variant == "grad" else min(LAYERS_GATHERED, shape.layers))
+
+
+# --- the phases of a run ----------------------------------------------------------------------------------------------
+
+
+def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, micro_batches: int) -> dict[str, int]:
+    """Peak of allocated bytes of one rank in each phase of a run (`PHASES`).
+
+    Loading: what is stored, and one weight in 16 bits while it is packed. First step: as a steady one, but the
+    optimizer has no state before its step. Evaluation: a forward pass that keeps nothing. Saving: what is stored, and
+    one layer gathered.
+    """
+    every = rank_moments(layout, shape, setting, rank, micro_batches)
+    part = part_of(layout, shape, rank, micro_batches)
+    stored = {name: every[-1].get(name, 0) for name in ("weights", "quantization", "adapter", "optimizer", "process")}
+    resident = sum(stored.values()) - stored["optimizer"]
+    packed = 2 * max(linear.weights for linear in shape.linears()) if layout.base != "none" else 0
+    forward = max(
+        one_layer_bytes(layout, part.shape, setting) + workspace_bytes(layout, part.shape, setting.lora)[1],
+        head_bytes(replace(layout, method="lora"), part.shape) if part.head else 0,
+    )
+    gathered = max(moment.get("gathered", 0) for moment in every)
+    without = [sum(moment.values()) - moment.get("optimizer", 0) for moment in every[:-1]]
+    return {
+        "loading": resident + packed,
+        "first_step": max([*without, sum(every[-1].values())]),
+        "steady_step": max(sum(moment.values()) for moment in every),
+        "evaluation": resident + stored["optimizer"] + gathered + forward,
+        "saving": resident + stored["optimizer"] + (gathered if layout.strategy in SHARDED else 0),
+    }

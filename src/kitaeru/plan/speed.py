@@ -1,0 +1,339 @@
+"""How long a step takes: work (`plan.work`) at a device's rates (`plan.rates`), with what the strategy adds.
+
+On a device, arithmetic, attention, memory traffic and unpacking follow one another; the host launches beside them, and
+the slower of the two decides. Communication and offload traffic hide behind a layer's computation as far as it lasts.
+Pipelines are simulated. Every step is priced at likely, low and high rates, and the answer is that range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kitaeru.hardware import Device, Hardware
+from kitaeru.i18n import N_
+from kitaeru.plan.calibrate import Profile
+from kitaeru.plan.layouts import SHARDED, ZERO
+from kitaeru.plan.pipeline import balanced_cuts, orders, simulate
+from kitaeru.plan.ranks import layer_weight_bytes, part_of
+from kitaeru.plan.rates import LinkRates, Rates, cpu_rates, device_rates, link_rates
+from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters
+from kitaeru.plan.types import Layout, Speed
+from kitaeru.plan.work import (
+    Work,
+    head_forward,
+    layer_backward,
+    layer_forward,
+    model_flops_per_token,
+    optimizer_bytes_moved,
+)
+from kitaeru.shape import ModelShape
+
+# Where launching and computing take equally long, neither hides all of the other.
+UNHIDDEN = 0.15
+# A simulated step has at most this many micro-batches; more follow the same beat.
+SIMULATED = 48
+
+PARTS: dict[str, str] = {
+    "matrix_products": N_("matrix products"),
+    "attention": N_("attention"),
+    "small_kernels": N_("norms, activations, casts and sums"),
+    "unpacking": N_("unpacking of quantised weights"),
+    "optimizer": N_("the optimizer"),
+    "host": N_("waiting for the host to launch"),
+    "communication": N_("waiting for other devices' data"),
+    "offload": N_("waiting for the host's memory"),
+    "bubble": N_("waiting for other stages"),
+}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The rates a layout runs at: of each of its devices, and of the link between them."""
+
+    devices: tuple[Rates, ...]
+    link: LinkRates
+
+    @property
+    def source(self) -> str:
+        """`profile` when every device was measured, else `table`."""
+        return "profile" if all(rates.measured for rates in self.devices) else "table"
+
+
+def pace(
+    layout: Layout, hardware: Hardware, devices: Sequence[Device], case: str = "likely", profile: Profile | None = None
+) -> Pace:
+    """The rates of the devices a layout uses, in one case (`likely`, `low`, `high`)."""
+    if layout.device == "cpu":
+        rates = (cpu_rates(hardware, case, layout.devices),) * layout.devices
+    else:
+        rates = tuple(device_rates(device, layout.precision, case, profile) for device in devices[: layout.devices])
+    return Pace(rates, link_rates(hardware, layout.devices, case, profile))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is to be done in a step: tokens over all devices, the length of the example a token is in, the optimizer."""
+
+    global_tokens: int
+    typical: float
+    setting: Setting
+
+    def micro_batches(self, layout: Layout) -> int:
+        """Micro-batches of a step on one replica."""
+        return max(1, -(-self.global_tokens // (layout.replicas * layout.micro_batch_tokens)))
+
+
+# --- one pass ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds of something: of the device by kind, and of the host beside it."""
+
+    parts: dict[str, float]
+    host: float
+
+    @property
+    def device(self) -> float:
+        """Seconds of the device alone."""
+        return sum(self.parts.values())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds it takes, host and device together."""
+        return max(self.device, self.host) + UNHIDDEN * min(self.device, self.host)
+
+    def __add__(self, other: Took) -> Took:
+        return Took(
+            {k: self.parts.get(k, 0) + v for k, v in other.parts.items()}
+            | {k: v for k, v in self.parts.items() if k not in other.parts},
+            self.host + other.host,
+        )
+
+    def times(self, count: float) -> Took:
+        """So many of them."""
+        return Took({kind: seconds * count for kind, seconds in self.parts.items()}, self.host * count)
+
+
+NOTHING = Took({}, 0.0)
+
+
+def took(work: Work, rates: Rates) -> Took:
+    """Seconds of work at a device's rates."""
+    attention = work.attention_forward / rates.attention_forward + work.attention_backward / rates.attention_backward
+    parts = {
+        "matrix_products": work.gemm / rates.gemm + work.skinny / rates.skinny + work.grouped / rates.grouped,
+        "attention": attention,
+        "small_kernels": work.eager / rates.eager + work.stream / rates.stream,
+        "unpacking": work.unpacked / rates.dequantise,
+    }
+    return Took(parts, work.operations * rates.operation)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's passes and the head's, of one micro-batch, on one device."""
+
+    forward: Took
+    backward: Took
+    head: Took
+
+
+def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, head: bool = True) -> Layer:
+    """What one layer (and the head) takes; `layout.micro_batch_tokens` is what a micro-batch really holds."""
+    return Layer(
+        took(layer_forward(layout, shape, load.setting, load.typical), rates),
+        took(layer_backward(layout, shape, load.setting, load.typical), rates),
+        took(head_forward(layout, shape), rates) if head else NOTHING,
+    )
+
+
+def cuts_for(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> tuple[int, ...]:
+    """Layers of each stage so that none holds the others up: fewer on a slow card, and where the head is."""
+    stages = layout.ranks_per_replica * layout.chunks
+    layers, extra = [], []
+    for stage in range(stages):
+        layer = layer_on(layout, shape, load, at.devices[stage % layout.ranks_per_replica], head=stage == stages - 1)
+        layers.append((layer.forward + layer.backward).seconds)
+        extra.append(layer.head.seconds)
+    return balanced_cuts(shape.layers, layers, extra)
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's seconds, its parts on the busiest device, and each device's share without work."""
+
+    seconds: float
+    parts: dict[str, float]
+    idle: tuple[float, ...]
+
+
+def step(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> Step:
+    """One optimizer step of a layout at given rates."""
+    count = load.micro_batches(layout)
+    full = replace(layout, micro_batch_tokens=max(1, load.global_tokens // (layout.replicas * count)))
+    if layout.strategy in ("pipeline", "model_parallel"):
+        return _staged(full, shape, load, at, count)
+    return _whole(full, shape, load, at, count)
+
+
+def _whole(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) -> Step:
+    """Every device goes through all layers; the slowest decides."""
+    held = part_of(layout, shape, 0, count).shape
+    steps = []
+    for rates in dict.fromkeys(at.devices):
+        layer = layer_on(layout, held, load, rates)
+        micro = (layer.forward + layer.backward).times(shape.layers) + layer.head
+        micro = Took(micro.parts, micro.host + rates.micro_batch)
+        computing = micro.seconds
+        scale = computing / micro.device if micro.device else 1.0
+        waiting = _layer_waits(layout, shape, load, at, layer, rates, scale)
+        ending, moved = _end_of_step(layout, shape, load, at, computing, rates)
+        parts = {**micro.times(count).parts, "host": count * (computing - micro.device) + rates.step}
+        for kind, seconds in waiting.items():
+            parts[kind] = parts.get(kind, 0.0) + count * seconds
+        for kind, seconds in (ending | moved).items():
+            parts[kind] = parts.get(kind, 0.0) + seconds
+        steps.append((sum(parts.values()), parts, count * micro.device + parts.get("optimizer", 0.0), rates))
+    seconds, parts, _, _ = max(steps, key=lambda found: found[0])
+    working = {rates: busy for _, _, busy, rates in steps}
+    return Step(seconds, parts, tuple(max(0.0, 1 - working[rates] / seconds) for rates in at.devices))
+
+
+def _layer_waits(
+    layout: Layout, shape: ModelShape, load: Load, at: Pace, layer: Layer, rates: Rates, scale: float
+) -> dict[str, float]:
+    """What one micro-batch waits for other devices and for the host's memory, beyond what computing hides."""
+    forward, backward = layer.forward.device * scale, layer.backward.device * scale
+    if layout.strategy == "tensor":
+        once = _all_reduce(layout, at, compute_bytes(layout) * layout.micro_batch_tokens * shape.hidden)
+        return {"communication": shape.layers * once * (6 if layout.activations == "recompute" else 4)}
+    if layout.strategy not in ("fsdp", *ZERO):
+        return {}
+    weights, tables = layer_weight_bytes(layout, shape)
+    trained = trained_parameters(layout, shape, load.setting.lora)
+    share = (layout.devices - 1) / layout.devices
+    gather = share * weights / at.link.bytes_s + at.link.latency
+    reduce = share * 2 * trained / shape.layers / at.link.bytes_s
+    waits = 0.0
+    if layout.strategy in SHARDED:
+        fetched = gather
+        if layout.variant == "offload-all":
+            fetched += weights / layout.devices / rates.host_copy
+        again = 0.0 if layout.variant == "grad" else fetched
+        waits += (shape.layers - 1) * (max(0.0, fetched - forward) + max(0.0, again + reduce - backward))
+        waits += fetched + share * tables / at.link.bytes_s
+    elif layout.strategy == "zero2":
+        waits += shape.layers * max(0.0, reduce - backward)
+    found = {"communication": waits}
+    if layout.variant.startswith("offload"):  # each device's piece of the gradients goes to RAM after each micro-batch
+        down = 2 * trained / layout.devices / rates.host_copy
+        found["offload"] = max(0.1 * down, down - 0.5 * shape.layers * backward)
+    return found
+
+
+def _end_of_step(
+    layout: Layout, shape: ModelShape, load: Load, at: Pace, micro: float, rates: Rates
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The optimizer, and what crosses between devices once a step."""
+    trained = float(trained_parameters(layout, shape, load.setting.lora))
+    moved = optimizer_bytes_moved(layout, trained, load.setting.optimizer)
+    if layout.variant.startswith("offload"):
+        updated = 2 * trained / layout.devices / rates.host_copy
+        return {"offload": moved / rates.host_memory + updated}, {}
+    shared = layout.devices if layout.strategy in ("fsdp", *ZERO, "tensor") else 1
+    ending = {"optimizer": moved / shared / rates.stream}
+    if layout.strategy == "ddp":
+        return ending, {"communication": _hidden(_all_reduce(layout, at, 4 * trained), 0.5 * micro)}
+    if layout.strategy in ("zero1", "zero2"):
+        width = compute_bytes(layout)
+        gather = (layout.devices - 1) / layout.devices * width * trained / at.link.bytes_s
+        reduced = _all_reduce(layout, at, width * trained) if layout.strategy == "zero1" else 0.0
+        return ending, {"communication": gather + _hidden(reduced, 0.5 * micro)}
+    return ending, {}
+
+
+def _hidden(seconds: float, behind: float) -> float:
+    """What is left of communication that runs behind a computation; a tenth always shows."""
+    return max(0.1 * seconds, seconds - behind)
+
+
+def _all_reduce(layout: Layout, at: Pace, size: float) -> float:
+    """Seconds to add up `size` bytes over all devices in a ring."""
+    return 2 * (layout.devices - 1) / layout.devices * size / at.link.bytes_s + at.link.latency
+
+
+def _staged(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) -> Step:
+    """A model cut into stages; replicas of a pipeline go side by side and add up their gradients at the end."""
+    ranks = layout.ranks_per_replica
+    slowest = [min(at.devices[rank::ranks], key=lambda rates: rates.gemm) for rank in range(ranks)]
+    stages = len(layout.cuts)
+    forward, backward, busy, found = [], [], [0.0] * ranks, [NOTHING] * ranks
+    for stage, layers in enumerate(layout.cuts):
+        rank = stage % ranks
+        layer = layer_on(layout, shape, load, slowest[rank], head=stage == stages - 1)
+        ahead = layer.forward.times(layers) + layer.head
+        ahead = Took(ahead.parts, ahead.host + slowest[rank].micro_batch / stages)
+        back = layer.backward.times(layers)
+        forward.append(ahead.seconds)
+        backward.append(back.seconds)
+        busy[rank] += count * (ahead.device + back.device)
+        found[rank] += ahead + back
+    sent = residual_bytes(layout) * layout.micro_batch_tokens * shape.hidden / at.link.bytes_s + at.link.latency
+    seconds = _stages_seconds(layout, forward, backward, sent, count)
+    trained = trained_parameters(layout, shape, load.setting.lora) / ranks
+    ending = optimizer_bytes_moved(layout, trained, load.setting.optimizer) / slowest[0].stream
+    shared = _all_reduce(replace(layout, devices=layout.replicas), at, 4 * trained) if layout.replicas > 1 else 0.0
+    total = seconds + ending + shared + slowest[0].step
+    last = max(range(ranks), key=lambda rank: found[rank].seconds)
+    computed = found[last].times(count)
+    launching = max(0.0, count * sum((forward[s] + backward[s]) for s in range(last, stages, ranks)) - computed.device)
+    parts = {
+        **computed.parts,
+        "host": launching + slowest[0].step,
+        "optimizer": ending,
+        "communication": shared,
+        "bubble": max(0.0, seconds - computed.device - launching),
+    }
+    idle = tuple(max(0.0, 1 - (busy[rank % ranks] + ending) / total) for rank in range(layout.devices))
+    return Step(total, parts, idle)
+
+
+def _stages_seconds(
+    layout: Layout, forward: Sequence[float], backward: Sequence[float], sent: float, count: int
+) -> float:
+    """From the first forward to the last backward pass of a step."""
+    ranks = layout.ranks_per_replica
+    if layout.strategy == "model_parallel":  # one device after the other
+        return count * (sum(forward) + sum(backward) + 2 * sent * (ranks - 1))
+    simulated = min(count, SIMULATED // ranks * ranks)
+    seconds = simulate(orders(layout.variant, ranks, simulated, layout.chunks), forward, backward, sent).seconds
+    beat = max(sum(forward[r::ranks]) + sum(backward[r::ranks]) for r in range(ranks))
+    return seconds + (count - simulated) * beat
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
+
+
+def speed_of(layout: Layout, shape: ModelShape, load: Load, cases: tuple[Pace, Pace, Pace]) -> Speed:
+    """Tokens a second and what is behind them; `cases` are the rates at likely, low and high."""
+    likely, low, high = cases
+    found = step(layout, shape, load, likely)
+    bounds = [load.global_tokens / step(layout, shape, load, at).seconds for at in (low, high)]
+    rate = load.global_tokens / found.seconds
+    flops = model_flops_per_token(layout, shape, load.typical)
+    return Speed(
+        step_seconds=found.seconds,
+        tokens_per_second=rate,
+        low=min(rate, *bounds),
+        high=max(rate, *bounds),
+        micro_batches=load.micro_batches(layout),
+        mfu=flops * rate / sum(rates.peak_flops for rates in likely.devices),
+        idle=tuple(round(share, 4) for share in found.idle),
+        parts={kind: found.parts[kind] for kind in PARTS if found.parts.get(kind)},
+        source=likely.source,
+    )
