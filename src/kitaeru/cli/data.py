@@ -14,8 +14,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from kitaeru.cli.text import console
+from kitaeru.cli.text import console, hanging
 from kitaeru.i18n import tr
+from kitaeru.report.prose import Prose
 from kitaeru.report.wording import clean, count_text, percent_text
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def print_check(out: Console, found: Check) -> None:
         legend = tr("Rows as the trainer sees them; what it learns to write is {mark}", mark="")
         mark = Text(tr("in this colour"), "green") if coloured else Text(f"{_OPEN}{tr('in brackets')}{_CLOSE}")
         out.print(Rule(style="dim"))
-        out.print(Text(legend) + mark)
+        out.print(Prose(Text(legend) + mark))
     for shown in found.examples:
         _print_row(out, shown, coloured)
     out.print(Rule(style="dim"))
@@ -121,10 +122,10 @@ def _print_sources(out: Console, found: Check) -> None:
             counts = tr("rows: {rows}", rows=count_text(source.rows))
         if source.skipped:
             counts += ", " + tr("bad: {skipped}", skipped=count_text(source.skipped))
-        _indented(out, Text(clean(line)))
+        _indented(out, Prose(clean(line)))
         _indented(out, Text(counts))
     for problem in found.bad:
-        _indented(out, Text("✗ " + clean(problem), "red"))
+        _indented(out, Prose("✗ " + clean(problem), "red"))
     if found.bad_rows > len(found.bad):
         _indented(out, Text(tr("… and {count} more", count=found.bad_rows - len(found.bad)), "red"))
 
@@ -160,14 +161,13 @@ def _print_numbers(out: Console, found: Check) -> None:
     table.add_row(tr("Rows"), count_text(found.rows), "")
     table.add_row(tr("Tokens"), count_text(found.tokens), "")
     table.add_row(tr("Trained tokens"), percent_text(found.trained_share), trained)
-    table.add_row(
-        tr("Characters per token"), f"{found.characters_per_token:.2f}", tr("more is better: fewer tokens for one text")
-    )
-    table.add_row(
-        tr("Byte fallback"), percent_text(found.fallback_share), tr("tokens that are a byte or a piece of a character")
-    )
+    better = Prose(tr("more is better: fewer tokens for one text"))
+    table.add_row(tr("Characters per token"), f"{found.characters_per_token:.2f}", better)
+    pieces = Prose(tr("tokens that are a byte or a piece of a character"))
+    table.add_row(tr("Byte fallback"), percent_text(found.fallback_share), pieces)
     if found.unknown_tokens:
-        table.add_row(tr("Unknown tokens"), count_text(found.unknown_tokens), tr("characters the model cannot write"))
+        unknown = Prose(tr("characters the model cannot write"))
+        table.add_row(tr("Unknown tokens"), count_text(found.unknown_tokens), unknown)
     out.print(table)
 
 
@@ -196,14 +196,15 @@ def _print_lengths(out: Console, lengths: Lengths) -> None:
 def _print_finding(out: Console, finding: Finding) -> None:
     words = {"error": tr("error"), "warning": tr("warning"), "note": tr("note")}
     style = _LEVEL_STYLES[finding.level]
-    out.print(Text(f"\n{words[finding.level]}: ", style) + Text(clean(finding.what)))
+    out.print()
+    out.print(Prose(Text(f"{words[finding.level]}: ", style) + Text(clean(finding.what))))
     if finding.rows:
         more = " …" if finding.rows > len(finding.places) else ""
         places = ", ".join(finding.places) + more
-        _indented(out, Text(tr("rows: {count} ({places})", count=count_text(finding.rows), places=clean(places))))
+        _indented(out, Prose(tr("rows: {count} ({places})", count=count_text(finding.rows), places=clean(places))))
     if finding.sample:
         _indented(out, Text(clean(finding.sample), "dim"))
-    _indented(out, Text("→ " + clean(finding.remedy)))
+    out.print(hanging("  → ", Prose(clean(finding.remedy))))
 
 
 def _print_verdict(out: Console, found: Check) -> None:
@@ -217,5 +218,5 @@ def _print_verdict(out: Console, found: Check) -> None:
         out.print(Text("✓ " + tr("This data can be trained."), "bold green"))
 
 
-def _indented(out: Console, content: Text | Table) -> None:
+def _indented(out: Console, content: Text | Prose | Table) -> None:
     out.print(Padding(content, (0, 0, 0, 2), expand=False))

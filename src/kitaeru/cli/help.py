@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cyclopts.help import HelpEntry, HelpPanel, InlineText
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kitaeru.i18n import tr
+from kitaeru.report.prose import Prose
 
 
 class Formatter:
@@ -29,19 +31,24 @@ class Formatter:
         """What the command does."""
         if text := _plain(description):
             console.print()
-            console.print(Text(tr(text)))
+            console.print(Prose(tr(text)))
 
     def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
-        """One table of commands or parameters."""
-        if not panel.entries:
-            return
+        """One table of commands or parameters; parameters without a name come first, in a table of their own."""
+        bare = [entry for entry in panel.entries if entry.positional_label]
+        named = [entry for entry in panel.entries if not entry.positional_label]
+        for title, entries in ((tr("Arguments"), bare), (_plain(panel.title), named)):
+            if entries:
+                self._table(console, title, entries)
+
+    def _table(self, console: Console, title: str, entries: Sequence[HelpEntry]) -> None:
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(style="cyan", overflow="fold", max_width=max(24, console.width * 2 // 5))
         table.add_column(overflow="fold")
-        for entry in panel.entries:
-            table.add_row(_names(entry), _what(entry))
+        for entry in entries:
+            table.add_row(_names(entry), Prose(_what(entry)))
         console.print()
-        console.print(Text(_plain(panel.title), style="bold"))
+        console.print(Text(title, style="bold"))
         console.print(Padding(table, (0, 0, 0, 2)))
 
 

@@ -23,6 +23,7 @@ from kitaeru.recipe import schema as schemas
 from kitaeru.recipe.fields import leaves, table, value_at
 from kitaeru.recipe.read import Origin, read
 from kitaeru.recipe.yamltext import inline
+from kitaeru.report.prose import Prose
 
 SetOption = Annotated[
     list[str] | None, Parameter(name="--set", help=N_("Override one value of the recipe: a.b=c. Repeatable."))
@@ -55,7 +56,7 @@ def show(
         out.print(_grid(list(settled.why.items())))
     if not settled.complete:
         out.print()
-        out.print(Text(tr("The planner decides when it has read the data; `--plan` shows it now."), style="dim"))
+        out.print(Prose(tr("The planner decides when it has read the data; `--plan` shows it now."), "dim"))
     return 0
 
 
@@ -65,7 +66,7 @@ def explain(field: Annotated[str, Parameter(help=N_("A field or section, for exa
     it = explaining.explain(field)
     if field:
         out.print(Text(it.path, style="bold"))
-    out.print(Text(it.description))
+    out.print(Prose(it.description))
     rows = [(tr("type"), it.type), (tr("default"), it.default), (tr("example"), it.example)]
     out.print()
     out.print(_grid([row for row in rows if row[1]]))
@@ -74,7 +75,7 @@ def explain(field: Annotated[str, Parameter(help=N_("A field or section, for exa
         out.print(_grid(list(it.fields)))
         out.print()
         inner = f"{field}.{it.fields[0][0]}" if field else it.fields[0][0]
-        out.print(Text(tr("More of each: `kitaeru recipe explain {path}`", path=inner), style="dim"))
+        out.print(Prose(tr("More of each: `kitaeru recipe explain {path}`", path=inner), "dim"))
     return 0
 
 
@@ -99,9 +100,9 @@ def presets() -> int:
     out = console()
     for name, description in packaged.PRESETS.items():
         out.print(Text(name, style="bold"))
-        out.print(Padding(Text(tr(description)), (0, 0, 0, 2)))
+        out.print(Padding(Prose(tr(description)), (0, 0, 0, 2)))
         out.print(Padding(Text(packaged.text(name).strip(), style="dim"), (0, 0, 1, 4)))
-    out.print(Text(tr("Use one with `preset: NAME` in a recipe or `--set preset=NAME`.")))
+    out.print(Prose(tr("Use one with `preset: NAME` in a recipe or `--set preset=NAME`.")))
     return 0
 
 
@@ -161,5 +162,5 @@ def _grid(rows: list[tuple[str, str]]) -> Padding:
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, text in rows:
-        grid.add_row(Text(name), Text(text))
+        grid.add_row(Text(name), Prose(text))
     return Padding(grid, (0, 0, 0, 2))

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kitaeru.errors import KitaeruError
+from kitaeru.report.prose import Prose
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -29,12 +30,14 @@ def print_hanging(out: Console, line: str, *, style: str = "") -> None:
     if not out.is_terminal:
         out.print(Text(line), soft_wrap=True)
         return
-    text = Text(body.removeprefix(head), style=style)
-    if not indent and not head:
-        out.print(text)
-        return
+    text = Prose(body.removeprefix(head), style)
+    out.print(hanging(" " * indent + head, text) if indent or head else text)
+
+
+def hanging(head: str, text: Prose) -> Table:
+    """`text` after `head`; its further lines begin below its first one."""
     grid = Table.grid()
-    grid.add_column(width=indent + len(head), no_wrap=True)
+    grid.add_column(width=len(head), no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row(Text(" " * indent + head, style="green"), text)
-    out.print(grid)
+    grid.add_row(Text(head, style="green"), text)
+    return grid

@@ -152,9 +152,9 @@ def _decide_looks(recipe: Recipe, steps: int, facts: DataFacts | None) -> Iterat
     valid = bool(facts.valid_examples) if facts is not None else bool(recipe.data.valid or recipe.data.valid_fraction)
     every = train.eval_every or max(1, round(steps / LOOKS_PER_RUN))
     if train.eval_every is None and valid:
-        yield Decision("train.eval_every", every, tr("Ten times in about {steps} steps.", steps=steps))
+        yield Decision("train.eval_every", every, tr("At most ten times in about {steps} steps.", steps=steps))
     if train.save_every is None:
-        why = tr("With each validation.") if valid else tr("Ten times in about {steps} steps.", steps=steps)
+        why = tr("With each validation.") if valid else tr("At most ten times in about {steps} steps.", steps=steps)
         yield Decision("train.save_every", every, why)
 
 

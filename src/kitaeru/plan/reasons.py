@@ -20,7 +20,7 @@ def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
     if recipe.limits.device is None:
         yield Decision("limits.device", layout.device, _why_device(problem))
     if recipe.strategy == "auto":
-        yield Decision("strategy", layout.strategy, tr("One device trains in this version."))
+        yield Decision("strategy", layout.strategy, _why_strategy(problem, chosen))
     if recipe.train.precision == "auto":
         yield Decision("train.precision", layout.precision, _why_precision(problem))
     if recipe.method == "auto":
@@ -35,6 +35,18 @@ def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
     if recipe.limits.threads is None and layout.device == "cpu":
         cores = problem.hardware.cpu_cores
         yield Decision("limits.threads", cores, tr("One for each of the {count} cores.", count=cores))
+
+
+def _why_strategy(problem: Problem, chosen: Candidate) -> str:
+    if problem.world == 1:
+        return tr("There is one device.")
+    if chosen.layout.devices == 1:
+        return tr("One device is as fast as all of them for batches of this size, or no other way is built or fits.")
+    return tr(
+        "The fastest that fits on {count} devices: about {rate} tokens/s.",
+        count=chosen.layout.devices,
+        rate=f"{chosen.speed.tokens_per_second:,.0f}" if chosen.speed else "",
+    )
 
 
 def _why_device(problem: Problem) -> str:
@@ -55,8 +67,8 @@ def _why_precision(problem: Problem) -> str:
 def _why_method(problem: Problem, layout: Layout) -> str:
     weights = problem.shape.parameters() * (4 if layout.precision == "fp32" else 2) / GB
     if layout.method == "lora":
-        return tr("The base needs {size:.1f} GB unquantised, and that fits.", size=weights)
-    return tr("The base needs {size:.1f} GB unquantised, which leaves too little room; 4 bits fit.", size=weights)
+        return tr("The base needs {size:.3g} GB unquantised, and that fits.", size=weights)
+    return tr("The base needs {size:.3g} GB unquantised, which leaves too little room; 4 bits fit.", size=weights)
 
 
 def _why_base(layout: Layout) -> str:
@@ -91,17 +103,18 @@ def _why_activations(problem: Problem, chosen: Candidate) -> str:
     )
 
 
-def why_chosen(problem: Problem, chosen: Candidate) -> tuple[str, ...]:
-    """What the chosen layout costs and trains, and what a person should know about the plan."""
+def why_chosen(problem: Problem, chosen: Candidate, link: str = "") -> tuple[str, ...]:
+    """What the chosen layout costs, how fast it is and what it trains, and what a person should know about the plan."""
     layout = chosen.layout
     trained = trained_parameters(layout, problem.shape, problem.recipe.lora)
     total = problem.shape.parameters() + (0 if trains_all(layout) else trained)
+    rank = chosen.devices.index(chosen.memory) if chosen.memory in chosen.devices else 0
     sentences = [
         tr(
             "{peak:.1f} GB at the peak; {device} has {free:.1f} GB free.",
             peak=chosen.peak_bytes / GB,
             device=problem.device_name,
-            free=free_bytes(problem) / GB,
+            free=free_bytes(problem, layout, rank) / GB,
         ),
         tr(
             "{trained:,} of {total:,} parameters are trained ({share:.2%}).",
@@ -109,25 +122,102 @@ def why_chosen(problem: Problem, chosen: Candidate) -> tuple[str, ...]:
             total=total,
             share=trained / total,
         ),
+        *_speed_sentences(chosen),
+        *_sharing_sentences(problem, chosen, link),
     ]
     if not problem.shape.exact:
         sentences.append(
             tr("The family {family} is not known here: it is counted as a Llama.", family=problem.shape.family)
         )
-    if len(problem.hardware.devices) > 1 and layout.device == "cuda":
-        count = len(problem.hardware.devices) - 1
-        sentences.append(tr("Other GPUs stay idle ({count}): one device trains in this version.", count=count))
+    idle = 0 if problem.device is None else len(problem.hardware.devices) - layout.devices
+    if idle > 0:
+        sentences.append(tr("Other GPUs stay idle: {count}.", count=idle))
     return tuple(sentences)
 
 
-def why_lost(problem: Problem, rival: Candidate, chosen: Candidate, cost: float) -> str:
-    """Why a rival was not taken; `cost` is its time for a token as a share of the chosen one's."""
-    if not rival.fits:
-        return tr(
-            "Does not fit: it needs {need:.1f} GB with its margin, and {free:.1f} GB are free.",
-            need=needed_bytes(rival.layout, rival.peak_bytes) / GB,
-            free=free_bytes(problem) / GB,
+def _speed_sentences(chosen: Candidate) -> Iterator[str]:
+    speed = chosen.speed
+    if speed is None:
+        return
+    values = {"rate": f"{speed.tokens_per_second:,.0f}", "low": f"{speed.low:,.0f}", "high": f"{speed.high:,.0f}"}
+    if speed.source == "profile":
+        yield tr("About {rate} tokens/s ({low} to {high}), from what was measured on this machine.", **values)
+    elif chosen.layout.device == "cuda":
+        yield tr("About {rate} tokens/s ({low} to {high}), from the table of GPUs: not measured here.", **values)
+    else:
+        yield tr("About {rate} tokens/s ({low} to {high}): a rough guess for a CPU.", **values)
+
+
+def _sharing_sentences(problem: Problem, chosen: Candidate, link: str) -> Iterator[str]:
+    """What crosses between devices in a step, and what that costs."""
+    layout, speed = chosen.layout, chosen.speed
+    if layout.devices == 1 or speed is None:
+        return
+    waits = sum(speed.parts.get(kind, 0.0) for kind in ("communication", "bubble", "offload"))
+    base = (chosen.memory.get("weights", 0) + chosen.memory.get("quantization", 0)) / GB
+    share = waits / speed.step_seconds
+    if layout.strategy == "ddp":
+        yield tr(
+            "ddp: each device holds the {base:.1f} GB base, so nothing crosses {link} but {size:.0f} MB of gradients a "
+            "step: {share:.1%} of the time.",
+            base=base,
+            link=link,
+            size=4 * chosen.trained_parameters / 10**6,
+            share=share,
         )
-    if rival.layout.base != chosen.layout.base:
-        return tr("Fits too, but a 4-bit base is less exact and is not needed here.")
-    return tr("Fits too, but takes about {share:.0%} of the chosen layout's time for a token.", share=cost)
+    elif layout.cuts:
+        yield tr(
+            "{way}: the stages have {cuts} layers; {micro} micro-batches a step leave a device waiting {share:.1%} of the "
+            "time.",
+            way=layout.way,
+            cuts=" + ".join(map(str, layout.cuts)),
+            micro=speed.micro_batches,
+            share=share,
+        )
+    else:
+        yield tr(
+            "{way}: a device holds {base:.1f} GB of weights; waiting for what crosses {link} takes {share:.1%} of the time.",
+            way=layout.way,
+            base=base,
+            link=link,
+            share=share,
+        )
+
+
+def why_lost(problem: Problem, rival: Candidate, chosen: Candidate | None) -> str:
+    """Why a rival was not taken; without a chosen layout, why nothing is built that would do."""
+    if not rival.fits:
+        return _why_not_fit(problem, rival)
+    if not rival.built:
+        return tr("Fits, but is not built yet.")
+    if chosen is None:
+        return ""
+    if rival.layout.method != chosen.layout.method or rival.layout.base != chosen.layout.base:
+        if rival.layout.base == "nf4":
+            return tr("Fits too, but a 4-bit base is less exact and is not needed here.")
+        return tr("Fits too, but only with weights that travel between the devices.")
+    share = _seconds(rival) / _seconds(chosen)
+    if share < 1.02:
+        return tr("Fits too and is as fast, but is less simple.")
+    return tr("Fits too, but takes about {share:.0%} of the chosen layout's time for a token.", share=share)
+
+
+def _why_not_fit(problem: Problem, rival: Candidate) -> str:
+    layout = rival.layout
+    for rank, items in enumerate(rival.devices or (rival.memory,)):
+        need, free = needed_bytes(layout, sum(items.values())), free_bytes(problem, layout, rank)
+        if need > free:
+            return tr(
+                "Does not fit: it needs {need:.1f} GB with its margin, and {free:.1f} GB are free.",
+                need=need / GB,
+                free=free / GB,
+            )
+    return tr(
+        "Does not fit: it needs {need:.1f} GB of RAM, and {free:.1f} GB are free.",
+        need=rival.host_bytes / GB,
+        free=problem.hardware.host_free_bytes / GB,
+    )
+
+
+def _seconds(candidate: Candidate) -> float:
+    return candidate.speed.step_seconds if candidate.speed else 1.0

@@ -59,6 +59,8 @@ def file_layer(path: Path) -> Layer:
         tree = Tree(problems=[problem])
     except OSError as error:
         what = tr("the recipe cannot be read: {reason}", reason=error.strerror or str(error))
+        if isinstance(error, FileNotFoundError):
+            what = tr("there is no such file")
         raise RecipeError([Problem("", what, _file_remedy(path), source)]) from error
     # The recipe in a run folder was read once: its paths are settled, and `model/` beside it is the run's result.
     in_run = (path.parent / "plan.json").exists()

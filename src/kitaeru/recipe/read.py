@@ -244,8 +244,9 @@ def _clash_problem(origins: Mapping[Key, Origin], paths: tuple[str, ...], what: 
     written = [key for key in keys if key in origins and origins[key].kind in ("file", "flag")]
     first = (written or keys)[0]
     others = [f"`{dotted(key)}`: {origins[key]}" for key in keys if key != first and key in origins]
-    more = f" ({'; '.join(others)})" if others else ""
-    return _problem(origins, first, what + more, remedy)
+    if others:
+        what = tr("{what} ({places})", what=what, places="; ".join(others))
+    return _problem(origins, first, what, remedy)
 
 
 def _unique(problems: Sequence[Problem]) -> list[Problem]:

@@ -140,6 +140,9 @@ def _syntax_remedy(text: str, line: int, detail: str) -> str:
         return tr("Indent with spaces, not with a tab.")
     if wide := next((c for c in "：　“”［］｛｝，" if c in here), None):
         return tr("The line has a full-width “{character}”; YAML needs the half-width one.", character=wide)
+    before = lines[line - 2] if 1 < line <= len(lines) + 1 else ""
+    if "：" in before and ":" not in before:  # a key without its colon is noticed a line later
+        return tr("The line before has a full-width “：”; YAML needs the half-width one.")
     if "mapping values" in detail and here.count(": ") > 1:
         return tr('Put a text that contains ": " in quotes.')
     return tr("Check the quotes, brackets and indentation on this line and the one before.")

@@ -22,6 +22,7 @@ from kitaeru.report.curve import sparkline
 from kitaeru.report.lines import event_line, plan_lines
 from kitaeru.report.plain import PlainView
 from kitaeru.report.progress import Progress
+from kitaeru.report.prose import Prose
 from kitaeru.report.wording import (
     bytes_text,
     clean,
@@ -94,7 +95,7 @@ class LiveView:
         self._progress.see(event)
         line = event_line(event)
         if line is not None:
-            self._console.print(line)
+            self._console.print(Prose(line))
 
     def phase(self, name: str, done: int, total: int) -> None:
         """A progress bar of its own while something is read, tokenised or loaded; gone when it is done."""
@@ -103,9 +104,9 @@ class LiveView:
     def show_plan(self, plan: Plan) -> None:
         """Print the plan above the display."""
         first, *rest = plan_lines(plan)
-        self._console.print(first)
+        self._console.print(Prose(first))
         for line in rest:
-            self._console.print(Padding(line, (0, 0, 0, 2)))
+            self._console.print(Padding(Prose(line), (0, 0, 0, 2)))
 
     def render(self) -> RenderableType:
         """The display now."""

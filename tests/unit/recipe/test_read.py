@@ -331,6 +331,11 @@ def test_missing_model_and_data(tmp_path: Path) -> None:
             "Check the quotes, brackets and indentation on this line and the one before.",
         ),
         ("model: x\nmethod：lora\n", 2, "The line has a full-width “：”; YAML needs the half-width one."),
+        (
+            "model： x\ndata: {train: a}\n",
+            2,
+            "The line before has a full-width “：”; YAML needs the half-width one.",
+        ),
         ("model: x\noutput: a: b\n", 2, 'Put a text that contains ": " in quotes.'),
     ],
 )
@@ -338,6 +343,15 @@ def test_what_is_not_yaml(tmp_path: Path, text: str, line: int, remedy: str) -> 
     found = problem(tmp_path, text)
     assert (found.line, found.remedy) == (line, remedy)
     assert found.what.startswith("this is not YAML (column ")
+
+
+def test_no_such_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(GOOD, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path / "recipes.yaml")
+    (found,) = caught.value.problems
+    assert found.what == "there is no such file"
+    assert found.remedy == f"Did you mean {tmp_path / 'recipe.yaml'}?"
 
 
 def test_not_a_recipe(tmp_path: Path) -> None:
