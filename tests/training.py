@@ -15,6 +15,7 @@ from kitaeru.engine.loop import Loop
 from kitaeru.events import Event, EventLog, Notice, Step
 from kitaeru.model.quiet import quiet_libraries
 from kitaeru.model.tokenizer import load_tokenizer
+from kitaeru.parallel.world import World
 from kitaeru.plan.types import Candidate, Layout, Plan
 from kitaeru.recipe.types import Recipe
 
@@ -90,26 +91,29 @@ class Training:
         precision: str = "fp32",
         activations: str = "keep",
         micro_batch_tokens: int = 128,
+        strategy: str = "single",
+        world: World | None = None,
         recipe: Recipe | None = None,
         **changes: Any,
     ) -> None:
         self.folder = folder
         self.recipe = recipe or make_recipe(model, data, method, **changes)
         layout = Layout(
-            "single",
+            strategy,
             method,  # type: ignore[arg-type]
             base or ("nf4" if method == "qlora" else "none"),  # type: ignore[arg-type]
             precision,  # type: ignore[arg-type]
             activations,  # type: ignore[arg-type]
             micro_batch_tokens,
             "cpu",
+            world.size if world else 1,
         )
         self.plan = Plan(self.recipe, Candidate(layout, {}, 0, True))
         self.tokenizer = load_tokenizer(self.recipe.model)
         self.data: Prepared = prepare(self.recipe, self.tokenizer, seq_len=64, bad_rows=None)
         self.events: list[Event] = []
         folder.mkdir(parents=True, exist_ok=True)
-        self.trainee: Trainee = build(self.plan, self.tokenizer, self.hear)
+        self.trainee: Trainee = build(self.plan, self.tokenizer, self.hear, world=world)
         self.loop = self.new_loop()
 
     def hear(self, event: Event) -> None:

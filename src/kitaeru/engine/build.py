@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kitaeru.data.types import MicroBatch
@@ -25,17 +26,27 @@ from kitaeru.model import attention
 from kitaeru.model.adapt import add_adapter
 from kitaeru.model.head import LossSum, distance, forward_arguments, recognise_head
 from kitaeru.model.load import DTYPES, load_config, load_model
+from kitaeru.parallel import STRATEGIES
+from kitaeru.parallel.types import Held, Strategy, Unit
+from kitaeru.parallel.world import World
 from kitaeru.plan.types import Plan
+
+T = TypeVar("T")
 
 
 @dataclass
 class Trainee:
-    """Everything the loop needs. `named` are the trained parameters, by name, in a fixed order."""
+    """Everything the loop needs. `named` are the trained parameters, by name, in a fixed order; where a strategy keeps
+    them in pieces, this rank's pieces.
+    """
 
     plan: Plan
     tokenizer: PreTrainedTokenizerBase
     emit: Listener
     device: torch.device
+    world: World = field(default_factory=World)
+    strategy: Strategy = field(init=False)
+    held: Held = field(init=False)
     causal_lm: PreTrainedModel = field(init=False)
     model: PreTrainedModel | PeftModel = field(init=False)
     loss_sum: LossSum = field(init=False)
@@ -44,6 +55,13 @@ class Trainee:
     scaler: torch.amp.GradScaler = field(init=False)
     frozen_hash: int = 0
     stored_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        self.strategy = STRATEGIES[self.plan.layout.strategy]
+
+    def inside(self, function: Callable[[], T]) -> T:
+        """Call a function that uses the model's weights, wherever they are; all ranks do so together."""
+        return self.strategy.inside(self.held, function)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -58,10 +76,14 @@ class Trainee:
 
 
 def build(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, emit: Listener, progress: Callable[[str], None] | None = None
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    emit: Listener,
+    progress: Callable[[str], None] | None = None,
+    world: World | None = None,
 ) -> Trainee:
     """A model on its device, adapted, checked, with its loss and optimizer, as the plan says."""
-    trainee = Trainee(plan, tokenizer, emit, training_device(plan.layout.device))
+    trainee = Trainee(plan, tokenizer, emit, training_device(plan.layout.device), world or World())
     for step, title in PASSES:
         if progress is not None:
             progress(tr(title))
@@ -104,7 +126,7 @@ def check_packing(trainee: Trainee) -> None:
     Being mixed or a wrong kernel changes logits by a third or so, 16-bit rounding by a few hundredths.
     """
     model = trainee.causal_lm
-    model.eval()
+    trainee.model.eval()
     pair = _probe(trainee, (9, 6))
     kernel = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -138,6 +160,26 @@ def adapt(trainee: Trainee) -> None:
         model.requires_grad_(True)
         trainee.model = model
     trainee.named = [(n, p) for n, p in trainee.model.named_parameters() if p.requires_grad]
+
+
+def share_out(trainee: Trainee) -> None:
+    """Put the model where the strategy trains it, after making sure that all ranks start from the same weights.
+
+    Raises:
+        TrainingError: they have loaded different ones.
+    """
+    world = trainee.world
+    if world.size > 1:
+        for _, parameter in trainee.named:
+            torch.distributed.broadcast(parameter.data, src=0)
+        own = hash_frozen(trainee.model)
+        if world.any(own != world.said(own)):
+            raise TrainingError(
+                tr("The processes have loaded different weights of this model."),
+                remedy=tr("Give every host the same files, or name one version: --set model.revision=COMMIT"),
+            )
+    trainee.held = trainee.strategy.hold(Unit(trainee.model), trainee.named, world, trainee.plan.layout)
+    trainee.named = trainee.held.named
     trainee.frozen_hash = hash_frozen(trainee.model)
 
 
@@ -172,9 +214,11 @@ def attach_neftune(trainee: Trainee) -> None:
 
 def choose_loss(trainee: Trainee) -> None:
     """Recognise the output head."""
-    trainee.causal_lm.eval()
+    trainee.model.eval()
+    probe = _probe(trainee, (9, 6))
     with trainee.autocast():
-        trainee.loss_sum, why = recognise_head(trainee.causal_lm, _probe(trainee, (9, 6)))
+        trainee.held.unit.loss_sum, why = trainee.inside(lambda: recognise_head(trainee.causal_lm, probe))
+    trainee.loss_sum = trainee.held.unit
     if why != "chunked":
         trainee.say(tr("The loss is taken from the model's own logits: the chunked head does not fit it."))
 
@@ -195,8 +239,9 @@ def make_optimizer(trainee: Trainee) -> None:
 
 PASSES: tuple[tuple[Callable[[Trainee], None], str], ...] = (
     (load, N_("Loading the model")),
-    (check_packing, N_("Checking that packed examples do not see each other")),
     (adapt, N_("Preparing the weights to train")),
+    (share_out, N_("Sharing the model out")),
+    (check_packing, N_("Checking that packed examples do not see each other")),
     (checkpoint_activations, N_("Setting up recomputation")),
     (attach_neftune, N_("Setting up noise")),
     (choose_loss, N_("Checking the output head")),
@@ -205,12 +250,15 @@ PASSES: tuple[tuple[Callable[[Trainee], None], str], ...] = (
 
 
 def hash_frozen(model: nn.Module) -> int:
-    """A checksum of every weight that must not change (packed 4-bit ones by their bytes)."""
+    """A checksum of every weight that must not change (packed ones by their bytes, of those in pieces this rank's)."""
     total = 0
     for index, parameter in enumerate(model.parameters()):
         if parameter.requires_grad or parameter.numel() == 0:
             continue
-        raw = parameter.detach().reshape(-1).view(torch.uint8)
+        piece = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if piece.numel() == 0:
+            continue
+        raw = piece.detach().reshape(-1).view(torch.uint8)
         words, rest = raw[: len(raw) // 4 * 4].view(torch.int32), raw[len(raw) // 4 * 4 :]
         of_this = int(words.sum(dtype=torch.int64)) + 257 * int(rest.sum(dtype=torch.int64))
         total ^= of_this * (2 * index + 1) & (2**63 - 1)
@@ -241,5 +289,5 @@ def _probe_alone(trainee: Trainee, pair: MicroBatch) -> Tensor:
 
 def _probe_logits(trainee: Trainee, batch: MicroBatch) -> Tensor:
     with torch.no_grad(), trainee.autocast():
-        logits: Tensor = trainee.causal_lm(**forward_arguments(batch)).logits
+        logits: Tensor = trainee.inside(lambda: trainee.causal_lm(**forward_arguments(batch)).logits)
     return logits

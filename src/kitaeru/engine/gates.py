@@ -8,26 +8,31 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from kitaeru.errors import TrainingError
 from kitaeru.i18n import tr
+from kitaeru.parallel.world import World
 from kitaeru.recipe.types import TrainSection
 
 SPIKE_WINDOW = 50
 
 
-def gradient_gate(named: Sequence[tuple[str, nn.Parameter]], step: int) -> list[str]:
+def gradient_gate(named: Sequence[tuple[str, nn.Parameter]], step: int, world: World | None = None) -> list[str]:
     """Every trained tensor must receive a gradient that is not all zero, or it learns nothing.
 
     A LoRA A whose B is still zero has no gradient yet, by its definition: it is looked at once B has moved. Experts of
-    a mixture may see no token in one batch: their names are returned, for a notice.
+    a mixture may see no token in one batch: their names are returned, for a notice. Of a tensor in pieces, one that has
+    a gradient is enough.
 
     Raises:
         TrainingError: names the tensors that learn nothing.
     """
     weights = dict(named)
-    silent = [name for name, p in named if p.grad is None or not bool(p.grad.any())]
+    lively = torch.tensor([p.grad is not None and bool(p.grad.any()) for _, p in named], dtype=torch.int64)
+    counts = (world or World()).sum(lively).tolist()
+    silent = [name for (name, _), count in zip(named, counts, strict=True) if not count]
     experts = [name for name in silent if "expert" in name]
     dead = [name for name in silent if name not in experts and not _waits_for_b(name, weights)]
     if dead:

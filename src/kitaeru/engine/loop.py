@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from kitaeru.data.batches import Sampler, eval_batches, micro_batches
+from kitaeru.data.batches import MicroBatches, Sampler, eval_batches, micro_batches
 from kitaeru.data.corpus import Corpus
-from kitaeru.data.types import MicroBatch
 from kitaeru.engine import checkpoint
 from kitaeru.engine.build import Trainee
 from kitaeru.engine.gates import LossWatch, gradient_gate
@@ -45,6 +44,7 @@ class Loop:
     ) -> None:
         recipe = trainee.plan.recipe
         self.trainee, self.train, self.valid, self.run = trainee, train, valid, run
+        self.world = trainee.world
         self.section = recipe.train
         self.fingerprints = fingerprints
         self.sampler = Sampler(
@@ -77,14 +77,15 @@ class Loop:
                 improved = False
                 if self.valid is not None and self._due(done, self.section.eval_every):
                     improved = self._validate()
+                stop = self.world.any(self.stop_signal is not None)
                 if (
                     self._due(done, self.section.save_every)
                     or (improved and self.section.keep_best)
-                    or self.stop_signal is not None
+                    or stop
                     or self._given_up()
                 ):
                     self.save()
-                if self.stop_signal is not None and done < self.total:
+                if stop and done < self.total:
                     return "interrupted"
         return "stopped_early" if self.progress.step < self.total else "finished"
 
@@ -93,7 +94,7 @@ class Loop:
         trainee = self.trainee
         chosen = self.sampler.next()
         batches = self._split(chosen)
-        trained = sum(batch.trained_tokens for batch in batches)
+        trained = batches.trained_tokens
         multiplier = rate(index, self.total, self.section)
         set_rate(trainee.optimizer, multiplier)
         losses = self._gradients(batches, trained, index)
@@ -101,7 +102,7 @@ class Loop:
         norm, skipped = self._update(loss, losses, batches, index)
         self.progress.step += 1
         seconds = time.perf_counter() - started
-        tokens = sum(batch.tokens for batch in batches)
+        tokens = sum(batches.tokens)
         trainee.emit(
             Step(
                 step=self.progress.step,
@@ -111,7 +112,7 @@ class Loop:
                 tokens_per_second=tokens / seconds,
                 learning_rate=trainee.plan.recipe.train.learning_rate * multiplier,  # type: ignore[operator]
                 grad_norm=norm,
-                peak_bytes=peak_bytes(trainee.device),
+                peak_bytes=self.world.max(peak_bytes(trainee.device)),
                 epoch=self.sampler.epoch,
                 seconds=seconds,
                 skipped=skipped,
@@ -120,7 +121,8 @@ class Loop:
 
     # ---- the parts ------------------------------------------------------------------------------------------------
 
-    def _split(self, chosen: list[int]) -> list[MicroBatch]:
+    def _split(self, chosen: list[int]) -> MicroBatches:
+        # Cut and numbered before it is dealt out: the same micro-batches on any number of ranks.
         recipe = self.trainee.plan.recipe
         return micro_batches(
             self.train,
@@ -129,27 +131,46 @@ class Loop:
             packing=recipe.data.packing,
         )
 
-    def _gradients(self, batches: list[MicroBatch], trained: int, index: int) -> torch.Tensor:
+    def _gradients(self, batches: MicroBatches, trained: int, index: int) -> torch.Tensor:
         """Accumulate the gradients of the global batch; each micro-batch's share of the mean loss, on the CPU."""
         trainee = self.trainee
         trainee.model.train()
-        shares = []
-        for number, batch in enumerate(batches):
-            # Dropout and noise depend on the seed, the step and the place in it alone: a resumed run draws the same.
-            torch.manual_seed((self.section.seed * 1_000_003 + index) * 65_537 + number)
+        shares: dict[int, torch.Tensor] = {}
+        hand = self._hand(batches)
+        for place, number in enumerate(hand):
+            # Dropout and noise depend on the seed, the step and the place in it alone: a resumed run draws the same,
+            # and so does another number of ranks.
+            torch.manual_seed((self.section.seed * 1_000_003 + index) * 65_537 + (number or 0))
+            batch = batches[_shortest(batches) if number is None else number]
             with trainee.autocast():
                 share = trainee.loss_sum(batch.to(trainee.device)) / trained
-            trainee.scaler.scale(share).backward()
-            shares.append(share.detach())
-        return torch.stack(shares).double().cpu()
+            if number is None:
+                share = share * 0
+            else:
+                shares[number] = share.detach()
+            trainee.strategy.backward(trainee.held, trainee.scaler.scale(share), last=place == len(hand) - 1)
+        trainee.strategy.reduce(trainee.held)
+        return self._together(shares, len(batches))
 
-    def _update(self, loss: float, shares: torch.Tensor, batches: list[MicroBatch], index: int) -> tuple[float, bool]:
+    def _hand(self, batches: MicroBatches) -> list[int | None]:
+        """The micro-batches this rank computes."""
+        return self.trainee.strategy.deal(batches.tokens, self.world.size)[self.world.rank]
+
+    def _together(self, mine: dict[int, torch.Tensor], count: int) -> torch.Tensor:
+        """One number for each of `count` micro-batches, from the ranks that have computed them."""
+        values = torch.zeros(count, dtype=torch.float64)
+        if mine:
+            values[list(mine)] = torch.stack(list(mine.values())).double().cpu()
+        return self.world.sum(values)
+
+    def _update(self, loss: float, shares: torch.Tensor, batches: MicroBatches, index: int) -> tuple[float, bool]:
         """Change the weights, unless the loss forbids it. Returns the gradient norm and whether it was skipped."""
         trainee, section = self.trainee, self.section
         trainee.scaler.unscale_(trainee.optimizer)
         limit = section.max_grad_norm or math.inf
-        parameters = [p for _, p in trainee.named]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        whole_norm = trainee.strategy.norm(trainee.held)
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in trainee.named], limit, whole_norm)
+        norm = float(whole_norm)
         verdict = self.watch.verdict(loss)
         # An overflow is fp16's daily bread while the scaler can still scale down; below 1 it is no overflow.
         overflow = trainee.scaler.is_enabled() and not math.isfinite(norm) and trainee.scaler.get_scale() >= 1
@@ -170,19 +191,19 @@ class Loop:
         if self.gated == 2:
             return
         self.gated += 1
-        for name in gradient_gate(self.trainee.named, index)[:1]:
+        for name in gradient_gate(self.trainee.named, index, self.world)[:1]:
             self.trainee.say(
                 tr("Some experts saw no token in this step, for example {name}.", name=name), step=index + 1
             )
 
     def _object(
-        self, verdict: str, loss: float, norm: float, shares: torch.Tensor, batches: list[MicroBatch], index: int
+        self, verdict: str, loss: float, norm: float, shares: torch.Tensor, batches: MicroBatches, index: int
     ) -> bool:
         """A loss that is not finite or jumps: stop, skip or only say so, and name the examples. True = skip."""
         policy = self.section.on_nan if verdict == "nan" else self.section.on_spike
-        guilty = [batch for batch, share in zip(batches, shares.tolist(), strict=True) if not math.isfinite(share)]
-        guilty = guilty or [batches[int(shares.argmax())]]
-        names = tuple(str(self.train.origin(i)) for batch in guilty for i in batch.examples)
+        guilty = [number for number, share in enumerate(shares.tolist()) if not math.isfinite(share)]
+        guilty = guilty or [int(shares.argmax())]
+        names = tuple(str(self.train.origin(i)) for number in guilty for i in batches.examples(number))
         what = (
             tr("The loss ({loss}) or the gradient norm ({norm}) is not finite.", loss=loss, norm=norm)
             if verdict == "nan"
@@ -223,17 +244,21 @@ class Loop:
         """Mean loss in nats over the trained tokens of `corpus`, and their number."""
         trainee = self.trainee
         trainee.model.eval()
-        total, tokens = 0.0, 0
-        for batch in eval_batches(
+        batches = eval_batches(
             corpus,
             micro_batch_tokens=trainee.plan.layout.micro_batch_tokens,
             packing=trainee.plan.recipe.data.packing,
             max_examples=self.section.eval_max_examples,
-        ):
+        )
+        sums: dict[int, torch.Tensor] = {}
+        for number in self._hand(batches):
+            batch = batches[_shortest(batches) if number is None else number]
             with trainee.autocast():
-                total += float(trainee.loss_sum(batch.to(trainee.device)))
-            tokens += batch.trained_tokens
-        return total / tokens, tokens
+                loss = trainee.loss_sum(batch.to(trainee.device))
+            if number is not None:
+                sums[number] = loss
+        tokens = batches.trained_tokens
+        return float(self._together(sums, len(batches)).sum()) / tokens, tokens
 
     def _given_up(self) -> bool:
         """Whether early stop has had enough; asked before a step too, for a run that is resumed there."""
@@ -253,9 +278,10 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint of this step, verified, and prune old ones."""
         started, trainee, step = time.perf_counter(), self.trainee, self.progress.step
-        tensors = {f"model/{name}": p.detach().cpu() for name, p in trainee.named}
         moments, scalars = optimizer_state(trainee.optimizer, trainee.named)
-        tensors |= {f"optimizer/{name}": value for name, value in moments.items()}
+        pieces = {f"model/{name}": p.detach() for name, p in trainee.named}
+        pieces |= {f"optimizer/{name}": value for name, value in moments.items()}
+        tensors = {key: trainee.strategy.gather(trainee.held, _parameter(key), p) for key, p in pieces.items()}
         meta = {
             "step": step,
             "sampler": self.sampler.state_dict(),
@@ -266,12 +292,12 @@ class Loop:
             "recent_losses": list(self.watch.recent),
             "fingerprints": self.fingerprints,
         }
-        path = checkpoint.save(self.folder, step, tensors, meta)
-        protected = {self.progress.best_step} if self.section.keep_best and self.progress.best_step else set()
-        checkpoint.prune(self.folder, self.section.keep_checkpoints, protect=protected)
-        trainee.emit(
-            Saved(step=step, path=str(path), bytes=checkpoint.size_bytes(path), seconds=time.perf_counter() - started)
-        )
+        if self.world.main:
+            path = checkpoint.save(self.folder, step, tensors, meta)
+            protected = {self.progress.best_step} if self.section.keep_best and self.progress.best_step else set()
+            checkpoint.prune(self.folder, self.section.keep_checkpoints, protect=protected)
+            size, seconds = checkpoint.size_bytes(path), time.perf_counter() - started
+            trainee.emit(Saved(step=step, path=str(path), bytes=size, seconds=seconds))
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint: weights, optimizer, schedule, sampler, scaler, best loss.
@@ -279,10 +305,12 @@ class Loop:
         Raises:
             CheckpointError: it is damaged, or belongs to another recipe or data set.
         """
-        tensors, meta = checkpoint.load(path)
+        tensors, meta = checkpoint.load(path) if self.world.main else ({}, {})
+        meta = self.world.said(meta)
         checkpoint.compare(meta["fingerprints"], self.fingerprints)
-        self._put_weights(tensors)
-        moments = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
+        pieces = self._pieces(tensors)
+        self._put_weights(pieces)
+        moments = {k.removeprefix("optimizer/"): v for k, v in pieces.items() if k.startswith("optimizer/")}
         load_optimizer_state(self.trainee.optimizer, self.trainee.named, moments, meta["optimizer"])
         self.trainee.scaler.load_state_dict(meta["scaler"])
         self.sampler.load_state_dict(meta["sampler"])
@@ -297,11 +325,20 @@ class Loop:
         best = self.progress.best_step
         if not self.section.keep_best or self.valid is None or best in (0, self.progress.step):
             return self.progress.step
-        path = next((p for p in checkpoint.available(self.folder) if checkpoint.step_of(p) == best), None)
+        found = [p for p in checkpoint.available(self.folder) if checkpoint.step_of(p) == best]
+        path = self.world.said(found[0] if found else None)
         if path is None:
             return self.progress.step
-        self._put_weights(checkpoint.load(path)[0])
+        self._put_weights(self._pieces(checkpoint.load(path)[0] if self.world.main else {}))
         return best
+
+    def _pieces(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This rank's pieces of a checkpoint that the main process has read."""
+        trainee = self.trainee
+        return {
+            key: trainee.strategy.scatter(trainee.held, _parameter(key), tensor)
+            for key, tensor in self.world.each(tensors)
+        }
 
     def _put_weights(self, tensors: dict[str, torch.Tensor]) -> None:
         missing = [name for name, _ in self.trainee.named if f"model/{name}" not in tensors]
@@ -334,6 +371,17 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _parameter(key: str) -> str:
+    """The parameter that a tensor of a checkpoint belongs to: "model/NAME" and "optimizer/NAME/KEY"."""
+    kind, _, rest = key.partition("/")
+    return rest if kind == "model" else rest.rpartition("/")[0]
+
+
+def _shortest(batches: MicroBatches) -> int:
+    """The micro-batch that costs a rank least when it only has to keep in step."""
+    return min(range(len(batches)), key=lambda number: batches.tokens[number])
 
 
 def _or_none(value: float) -> float | None:

@@ -20,7 +20,8 @@ from kitaeru.model.load import model_source
 def write_result(trainee: Trainee, run: Path) -> Path:
     """Write the adapter, or the whole model in its own dtype, with the tokenizer; the folder's path.
 
-    It is written beside its place, opened again and compared with the weights in memory, and then renamed.
+    It is written beside its place, opened again and compared with the weights in memory, and then renamed. All ranks
+    call this, and the main one writes.
 
     Raises:
         TrainingError: what lies on disk is not what was trained, or it cannot be written.
@@ -38,15 +39,20 @@ def write_result(trainee: Trainee, run: Path) -> Path:
 def _write(trainee: Trainee, run: Path) -> Path:
     adapter = isinstance(trainee.model, PeftModel)
     target = run / ("adapter" if adapter else "model")
+    strategy, held = trainee.strategy, trainee.held
+    state = {} if adapter else strategy.model_state(held)
+    trained = {name: strategy.gather(held, name, piece) for name, piece in trainee.named} if adapter else state
+    if not trainee.world.main:
+        return target
     temporary = run / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     if adapter:
         trainee.model.peft_config["default"].base_model_name_or_path = model_source(trainee.plan.recipe.model)
         trainee.model.save_pretrained(str(temporary), safe_serialization=True)
     else:
-        _save_model(trainee, temporary)
+        _save_model(trainee, state, temporary)
     trainee.tokenizer.save_pretrained(str(temporary))
-    _compare(trainee, temporary)
+    _compare({name: trained[name] for name, _ in trainee.named}, temporary)
     readable = (temporary / "tokenizer_config.json").stat().st_mode  # safetensors makes its files private
     for file in temporary.glob("*.safetensors"):
         file.chmod(readable)
@@ -57,10 +63,10 @@ def _write(trainee: Trainee, run: Path) -> Path:
     return target
 
 
-def _save_model(trainee: Trainee, folder: Path) -> None:
+def _save_model(trainee: Trainee, whole: dict[str, torch.Tensor], folder: Path) -> None:
     model = trainee.causal_lm
     dtype = _own_dtype(trainee)
-    state = {name: tensor.detach().to(dtype).cpu() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().to(dtype).cpu() for name, tensor in whole.items()}
     if model.config.tie_word_embeddings:
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         state = {n: t for n, t in state.items() if not (n.startswith("lm_head") and head is embedding)}
@@ -78,16 +84,16 @@ def _own_dtype(trainee: Trainee) -> torch.dtype:
     return torch.float32 if trainee.plan.layout.precision == "fp32" else torch.bfloat16
 
 
-def _compare(trainee: Trainee, folder: Path) -> None:
+def _compare(trained: dict[str, torch.Tensor], folder: Path) -> None:
     """Every trained tensor must be in the files, equal up to the rounding of the stored dtype."""
     stored: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 stored[_plain(name)] = handle.get_tensor(name)
-    for name, parameter in trainee.named:
+    for name, weight in trained.items():
         found = stored.get(_plain(name))
-        if found is None or not torch.equal(found, parameter.detach().cpu().to(found.dtype)):
+        if found is None or not torch.equal(found, weight.detach().cpu().to(found.dtype)):
             raise TrainingError(
                 tr("The files in {folder} do not hold what was trained ({name}).", folder=folder.name, name=name),
                 remedy=tr("The checkpoints are whole. Please report this."),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from kitaeru.model.generate import Sampling, answer
 from kitaeru.model.load import config_dict, load_config
 from kitaeru.model.quiet import quiet_libraries
 from kitaeru.model.tokenizer import load_tokenizer
+from kitaeru.parallel.world import World
 from kitaeru.plan.choose import default_seq_len, make_plan
 from kitaeru.plan.types import Plan
 from kitaeru.recipe.read import to_yaml
@@ -151,19 +153,23 @@ def _earlier(folder: Path, wish: Recipe, resume: bool) -> Plan | None:
     return Plan.load(folder / "plan.json")
 
 
-def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None) -> Result:
+def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None, world: World | None = None) -> Result:
     """Train a prepared run to its end. Every event goes to `events.jsonl` first, then to the listeners.
+
+    Of several processes (`world`) each calls this; only the main one writes, the others just tell their listeners.
 
     Raises:
         Interrupted: the user asked to stop; a checkpoint was saved.
         KitaeruError: training cannot go on; the reason is in the last event too.
     """
-    log = EventLog(run.folder / "events.jsonl")
+    world = world or World()
+    log = EventLog(run.folder / "events.jsonl") if world.main else None
     started = time.perf_counter()
 
     def emit(event: Event) -> None:
         try:
-            log(event)
+            if log is not None:
+                log(event)
         except OSError as error:
             raise TrainingError(
                 tr("The log of the run cannot be written: {error}", error=error),
@@ -175,7 +181,7 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None) -
 
     loop: Loop | None = None
     try:
-        trainee, loop = _ready(run, emit, phase)
+        trainee, loop = _ready(run, emit, phase, world)
         asked = questions(run.plan.recipe, run.data, run.tokenizer)
         if loop.progress.step == 0:
             _ask(trainee, asked, 0)
@@ -188,7 +194,7 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None) -
                 remedy=tr("Go on with: kitaeru train {folder} --resume", folder=run.folder),
             )
         best = loop.take_best()
-        if hash_frozen(trainee.model) != trainee.frozen_hash:
+        if world.any(hash_frozen(trainee.model) != trainee.frozen_hash):
             raise TrainingError(
                 tr("Frozen weights changed during training: the result would be wrong."),
                 remedy=tr("Please report this with the recipe and the report page; the checkpoints are kept."),
@@ -216,10 +222,11 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None) -
         raise
     finally:
         with suppress(OSError):  # what could not be written has been told
-            log.close()
+            if log is not None:
+                log.close()
 
 
-def _ready(run: Run, emit: Listener, phase: Phase | None) -> tuple[Trainee, Loop]:
+def _ready(run: Run, emit: Listener, phase: Phase | None, world: World) -> tuple[Trainee, Loop]:
     """Model, optimizer and loop, restored if the run is resumed, with the events that say so."""
     held: list[Event] = []  # the start comes first in the log, and is only known once the model is there
     trainee = build(
@@ -227,10 +234,12 @@ def _ready(run: Run, emit: Listener, phase: Phase | None) -> tuple[Trainee, Loop
         run.tokenizer,
         held.append,
         None if phase is None else lambda title: phase(title, 0, 0),
+        world,
     )
     loop = Loop(trainee, run.data.train, run.data.valid, run.folder, fingerprints(run.wish, run.data))
-    if run.resume_from is not None:
-        loop.restore(run.resume_from)
+    resume_from = world.said(run.resume_from)
+    if resume_from is not None:
+        loop.restore(resume_from)
     trainee.emit = emit
     emit(
         RunStarted(
@@ -242,7 +251,7 @@ def _ready(run: Run, emit: Listener, phase: Phase | None) -> tuple[Trainee, Loop
             max_steps=loop.total,
             resumed_step=loop.progress.step,
             environment=environment(),
-            trainable_parameters=sum(p.numel() for _, p in trainee.named),
+            trainable_parameters=sum(p.numel() for p in trainee.model.parameters() if p.requires_grad),
             total_parameters=_parameters(trainee),
         )
     )
@@ -297,12 +306,14 @@ def _parameters(trainee: Trainee) -> int:
 def _ask(trainee: Trainee, asked: Sequence[Question], step: int) -> None:
     recipe = trainee.plan.recipe
     for question in asked:
+        ask = partial(
+            answer,
+            trainee.causal_lm,
+            trainee.tokenizer,
+            messages=question.messages,
+            text=question.text,
+            sampling=Sampling(max_new_tokens=recipe.samples.max_new_tokens),
+        )
         with trainee.autocast():
-            text = answer(
-                trainee.causal_lm,
-                trainee.tokenizer,
-                messages=question.messages,
-                text=question.text,
-                sampling=Sampling(max_new_tokens=recipe.samples.max_new_tokens),
-            )
+            text = trainee.inside(ask)
         trainee.emit(Sample(step=step, prompt=question.shown, answer=text))

@@ -1,1 +1,8 @@
-"""One module per strategy."""
+"""How devices share the work: one module per strategy, each with the functions of `Strategy`, and one table of them."""
+
+from __future__ import annotations
+
+from kitaeru.parallel import ddp, fsdp, single
+from kitaeru.parallel.types import Strategy
+
+STRATEGIES: dict[str, Strategy] = {"single": single, "ddp": ddp, "fsdp": fsdp}

@@ -1,0 +1,56 @@
+"""Data parallel: every rank holds the whole model and computes some of the micro-batches; gradients are summed once an
+optimizer step, while the last micro-batch's backward pass still runs."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+
+from kitaeru.parallel import single
+from kitaeru.parallel.reducer import Reducer
+from kitaeru.parallel.types import Held, Named, Unit
+from kitaeru.parallel.world import World
+from kitaeru.plan.types import Layout
+
+# Weights, gradients after `reduce`, and moments are whole and equal on every rank, as on one device.
+inside, norm, gather, scatter, model_state = (
+    single.inside,
+    single.norm,
+    single.gather,
+    single.scatter,
+    single.model_state,
+)
+
+
+def deal(tokens: Sequence[int], ranks: int) -> list[list[int | None]]:
+    """The longest micro-batch first, each to the rank with the fewest tokens so far: at most 4/3 of the best (Graham).
+
+    >>> deal([5, 3, 2, 6], 2)
+    [[1, 3], [0, 2]]
+    """
+    loads = [(0, rank) for rank in range(ranks)]
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for number in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
+        load, rank = heapq.heappop(loads)
+        hands[rank].append(number)
+        heapq.heappush(loads, (load + tokens[number], rank))
+    return [list[int | None](sorted(hand)) for hand in hands]
+
+
+def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
+    """The model as it is, with eyes on the gradients."""
+    return Held(world, unit, named, Reducer([parameter for _, parameter in named]))
+
+
+def backward(held: Held, loss: torch.Tensor, *, last: bool) -> None:
+    """Add the gradients; in the last backward pass each bucket of them is sent off once it is full."""
+    if last:
+        held.state.start()
+    loss.backward()
+
+
+def reduce(held: Held) -> None:
+    """Send the buckets that are left and take all sums in."""
+    held.state.finish()

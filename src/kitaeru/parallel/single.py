@@ -1,0 +1,65 @@
+"""One device: the reference that every other strategy must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from kitaeru.parallel.types import Held, Named, Unit
+from kitaeru.parallel.world import World
+from kitaeru.plan.types import Layout
+
+T = TypeVar("T")
+
+
+def deal(tokens: Sequence[int], ranks: int) -> list[list[int | None]]:
+    """Every micro-batch, in order."""
+    return [list(range(len(tokens))) for _ in range(ranks)]
+
+
+def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
+    """The model as it is."""
+    return Held(world, unit, named)
+
+
+def inside(held: Held, function: Callable[[], T]) -> T:
+    """Call it."""
+    return function()
+
+
+def backward(held: Held, loss: torch.Tensor, *, last: bool) -> None:
+    """Add the gradients."""
+    loss.backward()
+
+
+def reduce(held: Held) -> None:
+    """They are whole already."""
+
+
+def norm(held: Held) -> torch.Tensor:
+    """The norm of all gradients."""
+    return squares(held.named).sqrt()
+
+
+def squares(named: Named) -> torch.Tensor:
+    """The sum of the squares of all gradients, in 64 bits: in 32 a sum over millions depends on how it is cut up."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for _, p in named if p.grad is not None]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+
+
+def gather(held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """It is whole."""
+    return tensor.detach().cpu()
+
+
+def scatter(held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """All of it is here."""
+    return tensor
+
+
+def model_state(held: Held) -> dict[str, torch.Tensor]:
+    """The model's own."""
+    state: dict[str, torch.Tensor] = held.unit.model.state_dict()
+    return state

@@ -1,0 +1,96 @@
+"""What a strategy is: a module with the functions below. What it keeps between calls is in `Held`.
+
+The strategy changes where numbers lie and when they move, never what they are. The loop gives every rank the same
+global batch, cut into the same micro-batches whatever the number of ranks; a strategy deals them out, and after
+`reduce` each rank holds the gradient of the loss of all of them, for the parameters that it changes itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from kitaeru.data.types import MicroBatch
+from kitaeru.parallel.world import World
+from kitaeru.plan.types import Layout
+
+T = TypeVar("T")
+Named = list[tuple[str, nn.Parameter]]
+
+
+class Unit(nn.Module):
+    """A model as one thing to call: with a micro-batch it gives the loss sum, with a function it calls that.
+
+    A strategy that keeps weights in pieces puts them together around `forward`, so everything that reads weights goes
+    through here. `loss_sum` is filled in once the output head is recognised.
+    """
+
+    loss_sum: Callable[[MicroBatch], torch.Tensor]
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, what: MicroBatch | Callable[[], Any]) -> Any:
+        """The loss sum of a micro-batch, or what the function gives."""
+        return self.loss_sum(what) if isinstance(what, MicroBatch) else what()
+
+
+@dataclass
+class Held:
+    """What this rank holds: the model, and the trained parameters (or its pieces of them) that it changes itself.
+
+    `named` has the same names in the same order on every rank. `state` is the strategy's own.
+    """
+
+    world: World
+    unit: Unit
+    named: Named
+    state: Any = None
+
+
+class Strategy(Protocol):
+    """The functions of a strategy's module."""
+
+    def deal(self, tokens: Sequence[int], ranks: int) -> list[list[int | None]]:
+        """Which micro-batches each rank computes, by number, given the tokens of each.
+
+        None: a micro-batch that only keeps the rank in step with the others and counts for nothing.
+        """
+        ...
+
+    def hold(self, unit: Unit, named: Named, world: World, layout: Layout) -> Held:
+        """Put the model where it trains. `named` are the trained parameters, whole; every rank has the same ones."""
+        ...
+
+    def inside(self, held: Held, function: Callable[[], T]) -> T:
+        """Call a function that uses the model's weights; every rank calls the same one at the same time."""
+        ...
+
+    def backward(self, held: Held, loss: torch.Tensor, *, last: bool) -> None:
+        """Add this micro-batch's gradients. `last`: it is the rank's last of the global batch."""
+        ...
+
+    def reduce(self, held: Held) -> None:
+        """Make the gradients of `held.named` those of the global batch. A rank without micro-batches calls it too."""
+        ...
+
+    def norm(self, held: Held) -> torch.Tensor:
+        """The norm of the whole gradient: a scalar, the same on every rank."""
+        ...
+
+    def gather(self, held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole of parameter `name`, or of a tensor of the same shape (a moment), on the CPU of every rank."""
+        ...
+
+    def scatter(self, held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's piece of what `gather` gave."""
+        ...
+
+    def model_state(self, held: Held) -> dict[str, torch.Tensor]:
+        """Every weight and buffer of the model, whole, by name; what is in pieces is on the CPU."""
+        ...

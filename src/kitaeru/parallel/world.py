@@ -1,0 +1,99 @@
+"""The processes that train together: who this one is, and the few things they tell each other besides gradients."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+# Waiting longer than this in a collective is an error whatever the reason; `heartbeat` finds dead ranks much sooner.
+TIMEOUT = timedelta(hours=1)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together. Alone, all that it says comes straight back.
+
+    What is told here is small and lies on the CPU (gloo), whatever carries the gradients.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    host: str = field(default_factory=socket.gethostname)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files, emits events and shows the view."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, the same bits on each; any CPU tensor of the same shape everywhere."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, value: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self.sum(torch.tensor([int(value)])).item()) if self.size > 1 else value
+
+    def max(self, value: int) -> int:
+        """The largest of all ranks."""
+        if self.size == 1:
+            return value
+        slots = torch.zeros(self.size, dtype=torch.int64)
+        slots[self.rank] = value
+        return int(self.sum(slots).max())
+
+    def said(self, value: T) -> T:
+        """What the main process gave; the others give anything."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def each(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The main process's CPU tensors one after another, so that no other holds them all; all ranks go through."""
+        outline = self.said([(name, t.shape, t.dtype) for name, t in tensors.items()])
+        for name, shape, dtype in outline:
+            tensor = tensors[name] if self.main else torch.empty(shape, dtype=dtype)
+            if self.size > 1 and tensor.numel():
+                # As bytes: gloo does not carry every dtype, and carries these unchanged.
+                raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+                dist.broadcast(raw, src=0)
+            yield name, tensor
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            self.sum(torch.zeros(1))
+
+
+def join(store: dist.Store, *, rank: int, size: int, local_rank: int, device: str, local_size: int) -> World:
+    """Make this process one of `size` that train together; all must call it. `device` is "cpu" or "cuda".
+
+    NCCL carries what lies on GPUs; gloo what lies on the CPU, and everything where processes share a GPU, which NCCL
+    refuses. `local_rank` of `local_size` counts the processes of this host.
+    """
+    backend = "gloo"
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        torch.cuda.set_device(local_rank % count)
+        if local_size <= count:
+            backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    return World(rank, size, local_rank)
+
+
+def leave() -> None:
+    """Let go of the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

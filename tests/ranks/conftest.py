@@ -1,0 +1,76 @@
+"""Tiny models of four families, and runs of them on several processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@pytest.fixture(scope="session")
+def crew() -> ModuleType:
+    """The module crew.py, under the name by which its processes know it."""
+    spec = importlib.util.spec_from_file_location("crew", Path(__file__).with_name("crew.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["crew"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _config(family: str) -> Any:
+    import transformers
+
+    shape: dict[str, Any] = {
+        "vocab_size": 16384,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
+    match family:
+        case "llama":
+            return transformers.LlamaConfig(**shape, tie_word_embeddings=True)
+        case "qwen3":
+            return transformers.Qwen3Config(**shape, head_dim=8, tie_word_embeddings=False)
+        case "gemma":
+            return transformers.GemmaConfig(**shape, head_dim=8)
+        case "mixtral":
+            return transformers.MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2)
+    raise ValueError(family)
+
+
+@pytest.fixture(scope="session")
+def family(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """`family("qwen3")`: the folder of a random tiny model of that family."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            import torch
+            from transformers import AutoModelForCausalLM
+
+            folder = tmp_path_factory.mktemp("families") / name
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                AutoModelForCausalLM.from_config(_config(name)).save_pretrained(folder)
+            for file in TOKENIZER_FILES:
+                if (tokenizer_folder / file).is_file():
+                    shutil.copy(tokenizer_folder / file, folder)
+            made[name] = folder
+        return made[name]
+
+    return make

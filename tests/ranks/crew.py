@@ -1,0 +1,93 @@
+"""Processes that train together on the CPU, forked from one that has imported everything already.
+
+Imported by name in those processes, so what they run is a function of this module.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+if str(TESTS) not in sys.path:
+    sys.path[:0] = [str(TESTS), str(Path(__file__).parent)]
+
+
+def run(place: Path, ranks: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+    """`function(world, **arguments)` on each of `ranks` processes; what each gave. A failure on any is raised here."""
+    place.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["crew", "training", "kitaeru.engine.run", "torch.distributed.fsdp"])
+    jobs = [
+        context.Process(target=_work, args=(place, rank, ranks, function, arguments), daemon=True)
+        for rank in range(ranks)
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(120)
+    answers = []
+    for rank, job in enumerate(jobs):
+        if job.is_alive():
+            job.kill()
+        file = place / f"answer-{rank}"
+        good, answer = pickle.loads(file.read_bytes()) if file.exists() else (False, f"exit code {job.exitcode}")
+        assert good, f"rank {rank}: {answer}"
+        answers.append(answer)
+    return answers
+
+
+def _work(folder: Path, rank: int, ranks: int, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from kitaeru.parallel.world import join, leave
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), ranks)
+    try:
+        world = join(store, rank=rank, size=ranks, local_rank=rank, device="cpu", local_size=ranks)
+        answer = True, function(world, **arguments)
+        world.wait()
+        leave()
+    except BaseException:
+        answer = False, traceback.format_exc()
+    (folder / f"answer-{rank}").write_bytes(pickle.dumps(answer))
+
+
+def train(
+    world: Any, *, folder: Path, model: Path, data: Path, resume: bool = False, write: bool = False, **options: Any
+) -> dict[str, Any]:
+    """A run of the real engine; what can be compared of it."""
+    import training
+
+    from kitaeru.engine import checkpoint
+    from kitaeru.engine.build import hash_frozen
+    from kitaeru.engine.result import write_result
+    from kitaeru.events import Evaluated
+
+    run = training.Training(folder, model, data, world=world, **options)
+    if resume:
+        found = checkpoint.available(folder / "checkpoints")
+        run.loop.restore(found[-1])
+    outcome = run.run()
+    trainee = run.trainee
+    return {
+        "outcome": outcome,
+        "steps": [step.step for step in run.steps],
+        "losses": run.losses,
+        "norms": [step.grad_norm for step in run.steps],
+        "tokens": [step.tokens for step in run.steps],
+        "valid": [event.loss for event in run.events if isinstance(event, Evaluated)],
+        "weights": {n: trainee.strategy.gather(trainee.held, n, p).clone() for n, p in trainee.named},
+        "numbers": sum(p.numel() for _, p in trainee.named),
+        "frozen": hash_frozen(trainee.model) == trainee.frozen_hash,
+        "notices": [notice.text for notice in run.notices],
+        "result": str(write_result(trainee, folder)) if write else "",
+        "logits": None,
+    }
