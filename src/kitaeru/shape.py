@@ -7,9 +7,11 @@ stored, what is trained and what is kept for the backward pass, layer by layer.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +110,10 @@ class ModelShape:
 
     def linears(self) -> tuple[Linear, ...]:
         """The linear layers inside the blocks: those that adapters and quantisation work on. The head is not one."""
+        return self._linears
+
+    @cached_property
+    def _linears(self) -> tuple[Linear, ...]:
         return _attention_linears(self) + _mlp_linears(self)
 
     def parameters(self) -> int:
@@ -122,6 +128,10 @@ class ModelShape:
 
     def linear_parameters(self) -> int:
         """Weights of the linear layers inside the blocks, without biases: what quantisation shrinks."""
+        return self._linear_parameters
+
+    @cached_property
+    def _linear_parameters(self) -> int:
         return sum(linear.weights * linear.count for linear in self.linears())
 
     def expert_parameters(self) -> int:
@@ -193,6 +203,43 @@ class ModelShape:
         """The shape of a known Hub id (upper or lower case); None when the catalogue does not have it."""
         entry = _by_name().get(name.lower())
         return cls.from_config(entry.config, name=entry.name) if entry else None
+
+
+def find_shape(name: str) -> ModelShape:
+    """The shape of a model by what a person calls it: `bundled`, a folder or config.json, a known Hub id, or a Hub id
+    that was downloaded before.
+
+    Raises:
+        ModelError: it is none of these; the remedy names models like it.
+    """
+    if name == "bundled":
+        return replace(ModelShape.from_folder(Path(__file__).parent / "assets" / "bundled"), name=name)
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".json":
+        return ModelShape.from_folder(path)
+    known = ModelShape.from_catalogue(name)
+    if known is not None:
+        return known
+    cached = _downloaded(name)
+    if cached is not None:
+        return replace(ModelShape.from_folder(cached), name=name)
+    words = {word for word in re.split(r"[^a-z0-9]+", name.lower().rpartition("/")[2]) if len(word) > 2}
+    alike = [entry.name for entry in catalogue() if any(word in entry.name.lower() for word in words)]
+    raise ModelError(
+        tr("{model} is neither a folder nor a model whose sizes are known here.", model=name),
+        remedy=tr(
+            "Names like it: {names}. Or name a folder with its config.json; `kitaeru models` lists all known models.",
+            names=", ".join(alike[:5]) or "bundled",
+        ),
+    )
+
+
+def _downloaded(name: str) -> Path | None:
+    """The config.json of a Hub id in the Hub's cache on this machine."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    found = sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/config.json"))
+    return found[-1] if found else None
 
 
 def _attention_linears(s: ModelShape) -> tuple[Linear, ...]:

@@ -123,14 +123,16 @@ def kept_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """Bytes all layers keep whatever the micro-batch.
 
     DoRA sends an identity matrix through each adapter: the square of its inputs. An adapter on stacked experts is
-    added to a copy of their weights. Trained 32-bit weights have 16-bit copies, counted apart (`cast_bytes`).
+    added to a copy of their weights, unless they are packed. Trained 32-bit weights have 16-bit copies, counted apart
+    (`cast_bytes`).
     """
     if trains_all(layout):
         return 0
     c, total = compute_bytes(layout), 0
     if lora.dora:
         total += sum(linear.count * c * linear.inputs * (linear.inputs + lora.r) for linear in adapted(shape, lora))
-    return total + (c * shape.expert_parameters() if adapts_experts(shape, lora) else 0)
+    merged = adapts_experts(shape, lora) and not layout.packed_experts
+    return total + (c * shape.expert_parameters() if merged else 0)
 
 
 def cast_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:

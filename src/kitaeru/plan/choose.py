@@ -1,30 +1,37 @@
-"""The choice: every layout that is legal is priced, and the fastest that fits with a margin is taken.
+"""The choice: every legal layout is priced in bytes and seconds, and the fastest that fits with a margin is taken.
 
-Today's candidates are those of one device: the methods the recipe leaves open, what is done with activations, and how
-many tokens a micro-batch has. Speed is compared by passes over the weights: 4 for an adapter and 6 for full training, 2
-more where layers are computed twice, and each micro-batch pays the same launch cost whatever its size.
+Candidates are the methods the recipe leaves open, the ways to use the devices, what is done with activations, and how
+many tokens a micro-batch has. A way that the engine cannot run yet is priced and shown, and never chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware
+from kitaeru.plan.calibrate import Profile, own_profile
 from kitaeru.plan.decide import decide_learning, default_seq_len, fill
-from kitaeru.plan.layouts import activation_policies, illegal, ways
-from kitaeru.plan.memory import host_bytes, memory_items
+from kitaeru.plan.host import host_items
+from kitaeru.plan.layouts import Arrangement, activation_policies, arrangements, illegal, is_built, ways
 from kitaeru.plan.nearest import no_layout, not_legal
 from kitaeru.plan.problem import Problem, free_bytes, global_tokens, needed_bytes, setting_of, state
+from kitaeru.plan.ranks import phase_peaks, rank_items
 from kitaeru.plan.reasons import decide_layout, why_chosen, why_lost
-from kitaeru.plan.types import Activations, Base, Candidate, DataFacts, Layout, MethodKind, Plan
+from kitaeru.plan.speed import Load, cuts_for, pace, speed_of, step
+from kitaeru.plan.stored import trained_parameters
+from kitaeru.plan.types import Base, Candidate, DataFacts, Layout, MethodKind, Plan, Speed
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
 
-__all__ = ["default_seq_len", "make_plan"]
+__all__ = ["Survey", "default_seq_len", "make_plan", "survey"]
 
-# Tokens whose arithmetic takes as long as launching a micro-batch's kernels.
-GPU_LAUNCH_TOKENS, CPU_LAUNCH_TOKENS = 512, 64
+# Layouts within this of the fastest count as equally fast, and the simplest of them is taken.
+TIE = 0.02
+# How often layers are moved from a device that is too full to one that is not.
+MOVES = 12
 
 _SIZES = tuple(sorted({base << shift for base in (256, 384) for shift in range(13)}))
 
@@ -35,119 +42,288 @@ def make_plan(recipe: Recipe, hardware: Hardware, shape: ModelShape, facts: Data
     The same arguments give the same plan. Without `facts` the longest example is taken to be `data.seq_len`.
 
     Raises:
-        PlanError: no layout of this recipe is legal or fits; the remedy names the nearest one that does.
+        PlanError: no layout of this recipe is legal, built and fits; the remedy names the nearest one that does.
+    """
+    found = survey(recipe, hardware, shape, facts)
+    if found.plan is None:
+        raise found.refusal
+    return found.plan
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Everything the planner found: the best of each way (`candidates`, ranked), the plan made of the chosen one, and
+    the ways that are impossible with the reason. `plan` is None when only ways that are not built yet would fit;
+    `refusal` then says what is missing.
+    """
+
+    problem: Problem
+    candidates: tuple[Candidate, ...]
+    impossible: dict[str, str]
+    plan: Plan | None
+    refusal: PlanError
+
+
+def survey(recipe: Recipe, hardware: Hardware, shape: ModelShape, facts: DataFacts | None = None) -> Survey:
+    """Price every layout and choose.
+
+    Raises:
+        PlanError: no layout is legal, or not one would fit, built or not.
     """
     problem = state(recipe, hardware, shape, facts)
-    candidates = price(problem)
-    fitting = [candidate for candidate in candidates if candidate.fits]
-    if not fitting:
-        raise no_layout(problem, candidates, lambda other: price(state(other, hardware, shape, facts)))
-    chosen = choose(problem, fitting)
+    pricing = Pricing(problem)
+    candidates = pricing.price()
+    usable = [candidate for candidate in candidates if candidate.fits and candidate.built]
+    if not usable:
+        refusal = no_layout(
+            problem, candidates, lambda other: Pricing(state(other, hardware, shape, facts), built_only=True).price()
+        )
+        if not any(candidate.fits for candidate in candidates):
+            raise refusal
+        others = [replace(c, why=(why_lost(problem, c, None),)) for c in _best_of_each(candidates, None)]
+        return Survey(problem, _ranked(pricing.finished(others), None), pricing.impossible, None, refusal)
+    chosen = choose(usable)
+    shown = _best_of_each(candidates, chosen)
+    rivals = pricing.finished(replace(c, why=(why_lost(problem, c, chosen),)) for c in shown if c is not chosen)
+    (chosen,) = pricing.finished([chosen])
+    chosen = replace(chosen, why=why_chosen(problem, chosen, pricing.link(chosen.layout)))
     learning = decide_learning(recipe, chosen.layout.method, problem.schedule, facts, on_cpu=problem.device is None)
     decisions = (*decide_layout(problem, chosen), *learning)
-    return Plan(
-        recipe=fill(recipe, decisions),
-        chosen=replace(chosen, why=why_chosen(problem, chosen)),
-        decisions=decisions,
-        rivals=_rivals(problem, chosen, candidates),
-        hardware=hardware.to_dict(),
-    )
+    plan = Plan(fill(recipe, decisions), chosen, decisions, rivals, hardware.to_dict())
+    return Survey(problem, _ranked((chosen, *rivals), chosen), pricing.impossible, plan, PlanError(""))
+
+
+def _ranked(candidates: Sequence[Candidate], chosen: Candidate | None) -> tuple[Candidate, ...]:
+    """The chosen one, the others that fit, the rest; the fastest first."""
+    return tuple(sorted(candidates, key=lambda c: (c is not chosen, not c.fits, _seconds(c))))
 
 
 # --- pricing ----------------------------------------------------------------------------------------------------------
 
 
-def price(problem: Problem) -> list[Candidate]:
-    """Every legal layout with its cost, in the order of preference of methods.
+class Pricing:
+    """Prices the layouts of one problem. `impossible` has the reason for each way that is not legal."""
 
-    Raises:
-        PlanError: not one layout is legal.
-    """
-    candidates: list[Candidate] = []
-    reasons: list[str] = []
-    for method, base in ways(problem.recipe):
+    def __init__(self, problem: Problem, *, built_only: bool = False) -> None:
+        self.problem = problem
+        self.built_only = built_only
+        self.impossible: dict[str, str] = {}
+        # A described machine is not this one: its cards may be of the same kind and cooled otherwise.
+        self.profile: Profile | None = None if problem.hardware.described else own_profile()
+
+    def price(self) -> list[Candidate]:
+        """Every legal layout with its cost, in the order of preference of methods.
+
+        Raises:
+            PlanError: not one layout is legal.
+        """
+        candidates: list[Candidate] = []
+        for method, base in ways(self.problem.recipe):
+            for arrangement in self._arrangements():
+                for layout in self._layouts(arrangement, method, base):
+                    reason = self._illegal(layout)
+                    if reason is None:
+                        candidates.append(self._candidate(layout))
+                    else:
+                        self.impossible.setdefault(f"{layout.way}/{layout.method}", reason)
+        possible = {f"{c.layout.way}/{c.layout.method}" for c in candidates}
+        if not candidates:
+            raise not_legal(self.problem, list(dict.fromkeys(self.impossible.values())))
+        self.impossible = {way: reason for way, reason in self.impossible.items() if way not in possible}
+        return candidates
+
+    def finished(self, candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+        """Candidates with all that is shown of them: their range of speed and the peaks of every phase."""
+        return tuple(replace(c, speed=self._speed(c.layout), phases=self._phases(c)) for c in candidates)
+
+    def link(self, layout: Layout) -> str:
+        """What joins the devices of a layout, for people."""
+        return pace(layout, self.problem.hardware, self.problem.hardware.devices).link.name
+
+    def _arrangements(self) -> list[Arrangement]:
+        problem = self.problem
+        found = list(arrangements(problem.recipe.strategy, problem.world))
+        if problem.recipe.limits.devices is not None:
+            found = [a for a in found if a.devices == problem.world]
+        if problem.recipe.strategy == "auto" and problem.world == 1:
+            found = [a for a in found if a.strategy == "single"]
+        return found
+
+    def _layouts(self, arrangement: Arrangement, method: MethodKind, base: Base) -> Iterator[Layout]:
+        """The layouts of one arrangement and method: what is done with activations, the size of a micro-batch, and of a
+        mixture's experts both ways to store them.
+        """
+        problem = self.problem
+        device: Literal["cuda", "cpu"] = "cpu" if problem.device is None else "cuda"
+        if problem.recipe.limits.device == "cuda":
+            device = "cuda"
+        packed = (False, True) if base == "nf4" and problem.shape.experts else (False,)
         for activations in activation_policies(problem.recipe):
-            for tokens in micro_batch_sizes(problem):
-                layout = _layout(problem, method, base, activations, tokens)
-                reason = illegal(layout, problem.recipe, problem.device)
-                if reason is None:
-                    candidates.append(_candidate(problem, layout))
-                elif reason not in reasons:
-                    reasons.append(reason)
-    if not candidates:
-        raise not_legal(problem, reasons)
-    return candidates
+            for tokens in micro_batch_sizes(problem, arrangement.replicas):
+                for experts in packed:
+                    layout = Layout(
+                        arrangement.strategy, method, base, problem.precision, activations, tokens, device,
+                        arrangement.devices, arrangement.variant, arrangement.replicas, arrangement.chunks,
+                        packed_experts=experts,
+                    )  # fmt: skip
+                    if is_built(layout) or not self.built_only:
+                        yield layout
+
+    def _illegal(self, layout: Layout) -> str | None:
+        problem = self.problem
+        devices = {problem.device_of(rank) for rank in range(layout.devices)}
+        count = self._load(layout).micro_batches(layout)
+        reasons = (illegal(layout, problem.recipe, device, problem.shape, count) for device in devices)
+        return next((reason for reason in reasons if reason), None)
+
+    def _load(self, layout: Layout) -> Load:
+        problem = self.problem
+        return Load(global_tokens(problem), problem.typical, setting_of(problem, layout))
+
+    def _candidate(self, layout: Layout) -> Candidate:
+        problem = self.problem
+        load = self._load(layout)
+        likely = pace(layout, problem.hardware, problem.hardware.devices, "likely", self.profile)
+        if layout.strategy in ("pipeline", "model_parallel"):
+            layout = self._cut(replace(layout, cuts=cuts_for(layout, problem.shape, load, likely)), load)
+        devices = self._devices(layout, load)
+        host = host_items(layout, problem.shape, load.setting)
+        fits = self._fits(layout, devices) and self._host_fits(layout, host)
+        found = step(layout, problem.shape, load, likely)
+        tokens = load.global_tokens
+        rate = tokens / found.seconds
+        return Candidate(
+            layout=layout,
+            memory=devices[self._fullest(layout, devices)],
+            host_bytes=sum(host.values()),
+            fits=fits,
+            devices=devices,
+            host=host,
+            speed=Speed(found.seconds, rate, rate, rate, load.micro_batches(layout)),
+            trained_parameters=trained_parameters(layout, problem.shape, problem.recipe.lora),
+            global_batch_tokens=tokens,
+            built=is_built(layout),
+        )
+
+    def _devices(self, layout: Layout, load: Load) -> tuple[dict[str, int], ...]:
+        """Items of every device; ranks that hold the same part are counted once."""
+        ranks = layout.ranks_per_replica if layout.strategy in ("pipeline", "model_parallel") else 1
+        count = load.micro_batches(layout)
+        parts = [rank_items(layout, self.problem.shape, load.setting, rank, count) for rank in range(ranks)]
+        return tuple(parts[rank % ranks] for rank in range(layout.devices))
+
+    def _room(self, layout: Layout, devices: Sequence[dict[str, int]]) -> list[int]:
+        """What would stay free on each device, the margin counted as taken; negative where it does not fit."""
+        return [
+            free_bytes(self.problem, layout, rank) - needed_bytes(layout, sum(items.values()))
+            for rank, items in enumerate(devices)
+        ]
+
+    def _fits(self, layout: Layout, devices: Sequence[dict[str, int]]) -> bool:
+        return min(self._room(layout, devices)) >= 0
+
+    def _fullest(self, layout: Layout, devices: Sequence[dict[str, int]]) -> int:
+        room = self._room(layout, devices)
+        return room.index(min(room))
+
+    def _host_fits(self, layout: Layout, host: dict[str, int]) -> bool:
+        """RAM is looked at where a layout leans on it: one device alone takes what any program takes."""
+        leans = layout.device == "cuda" and (layout.strategy == "fsdp" or "optimizer" in host)
+        return not leans or sum(host.values()) <= self.problem.hardware.host_free_bytes
+
+    def _cut(self, layout: Layout, load: Load) -> Layout:
+        """Move layers from the stage that is too full to the one with most room, as long as that helps."""
+        for _ in range(MOVES):
+            devices = self._devices(layout, load)
+            room = self._room(layout, devices)
+            if min(room) >= 0:
+                return layout
+            ranks = layout.ranks_per_replica
+            by_rank = [min(room[rank::ranks]) for rank in range(ranks)]
+            full, empty = by_rank.index(min(by_rank)), by_rank.index(max(by_rank))
+            cuts = list(layout.cuts)
+            source = max(range(full, len(cuts), ranks), key=lambda stage: cuts[stage])
+            target = min(range(empty, len(cuts), ranks), key=lambda stage: cuts[stage])
+            if by_rank[empty] <= 0 or full == empty or cuts[source] <= 1:
+                return layout
+            cuts[source], cuts[target] = cuts[source] - 1, cuts[target] + 1
+            layout = replace(layout, cuts=tuple(cuts))
+        return layout
+
+    def _speed(self, layout: Layout) -> Speed:
+        problem = self.problem
+        likely, low, high = (
+            pace(layout, problem.hardware, problem.hardware.devices, case, self.profile)
+            for case in ("likely", "low", "high")
+        )
+        return speed_of(layout, problem.shape, self._load(layout), (likely, low, high))
+
+    def _phases(self, candidate: Candidate) -> dict[str, int]:
+        layout, load = candidate.layout, self._load(candidate.layout)
+        ranks = layout.ranks_per_replica if layout.strategy in ("pipeline", "model_parallel") else 1
+        rank = candidate.devices.index(candidate.memory) % ranks
+        return phase_peaks(layout, self.problem.shape, load.setting, rank, load.micro_batches(layout))
 
 
-def _layout(problem: Problem, method: MethodKind, base: Base, activations: Activations, tokens: int) -> Layout:
-    strategy = "single" if problem.recipe.strategy == "auto" else problem.recipe.strategy
-    wants_gpu = problem.recipe.limits.device == "cuda" or problem.device is not None
-    return Layout(strategy, method, base, problem.precision, activations, tokens, "cuda" if wants_gpu else "cpu")
-
-
-def micro_batch_sizes(problem: Problem) -> list[int]:
-    """Sizes to try, in tokens: from the longest example to the whole global batch, in steps of a half or a third."""
+def micro_batch_sizes(problem: Problem, replicas: int = 1) -> list[int]:
+    """Sizes to try, in tokens: from the longest example to a replica's share of the global batch, in steps of a half or
+    a third.
+    """
     recipe = problem.recipe
     if recipe.limits.micro_batch_tokens is not None:
         return [recipe.limits.micro_batch_tokens]
     least = problem.least_micro_batch
     if not recipe.data.packing:
         return [least]
-    most = max(least, min(problem.usual_micro_batch, global_tokens(problem)))
+    most = max(least, min(problem.usual_micro_batch, -(-global_tokens(problem) // replicas)))
     return sorted({least, most, *(size for size in _SIZES if least < size < most)})
-
-
-def _candidate(problem: Problem, layout: Layout) -> Candidate:
-    setting = setting_of(problem, layout)
-    memory = memory_items(layout, problem.shape, setting)
-    host = host_bytes(layout, problem.shape, setting)
-    fits = needed_bytes(layout, sum(memory.values())) <= free_bytes(problem)
-    return Candidate(layout, memory, host, fits)
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def choose(problem: Problem, fitting: Sequence[Candidate]) -> Candidate:
-    """Of those that fit: the preferred method, then the least work for a token, then the fewest bytes."""
-    first = fitting[0].layout
-    same = [c for c in fitting if (c.layout.method, c.layout.base) == (first.method, first.base)]
-    return min(same, key=lambda c: (token_cost(c.layout), c.peak_bytes))
+def choose(usable: Sequence[Candidate]) -> Candidate:
+    """Of those that fit and are built: the preferred method, then the fastest, the simplest, the fewest bytes.
 
-
-def token_cost(layout: Layout) -> float:
-    """Work for one token in passes over the weights, launch cost counted in; only good to compare layouts.
-
-    >>> keep = Layout("single", "lora", "none", "bf16", "keep", 4096, "cuda")
-    >>> token_cost(keep), token_cost(replace(keep, activations="recompute", micro_batch_tokens=16384))
-    (4.5, 6.1875)
+    The preferred method is the first that fits whole on a device (`single` or `ddp`); where none does, all compete.
     """
-    passes = 4 if layout.method in ("lora", "qlora") else 6
-    passes += 2 if layout.activations == "recompute" else 0
-    launch = CPU_LAUNCH_TOKENS if layout.device == "cpu" else GPU_LAUNCH_TOKENS
-    return passes * (1 + launch / layout.micro_batch_tokens)
+    pool = list(usable)
+    for candidate in usable:
+        if candidate.layout.strategy in ("single", "ddp"):
+            kind = (candidate.layout.method, candidate.layout.base)
+            pool = [c for c in usable if (c.layout.method, c.layout.base) == kind]
+            break
+    return _fastest(pool)
 
 
-def _rivals(problem: Problem, chosen: Candidate, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The best of every other way that was open (the smallest where none fits), with why it lost."""
-    groups: dict[tuple[str, str, str], list[Candidate]] = {}
+def _fastest(pool: Sequence[Candidate]) -> Candidate:
+    """The fastest; among those nearly as fast the simplest, and of one way the fastest again."""
+    order = list(dict.fromkeys(c.layout.way for c in pool))
+    best = min(_seconds(c) for c in pool)
+    tied = [c for c in pool if _seconds(c) <= best * (1 + TIE)]
+    return min(tied, key=lambda c: (order.index(c.layout.way), round(_seconds(c), 9), c.peak_bytes))
+
+
+def _seconds(candidate: Candidate) -> float:
+    return candidate.speed.step_seconds if candidate.speed else 0.0
+
+
+def _best_of_each(candidates: Sequence[Candidate], chosen: Candidate | None) -> list[Candidate]:
+    """The best of every way that was open (the smallest where none fits): the fastest of each method and strategy, and
+    of the chosen strategy also the best of what else can be done with activations, and a faster one that does not fit.
+    """
+    groups: dict[tuple[str, ...], list[Candidate]] = {}
+    own = chosen.layout.way if chosen else "single"
     for candidate in candidates:
         layout = candidate.layout
-        groups.setdefault((layout.method, layout.base, layout.activations), []).append(candidate)
-    rivals: list[Candidate] = []
+        key = (layout.method, str(layout.packed_experts), layout.way, layout.activations if layout.way == own else "")
+        groups.setdefault(key, []).append(candidate)
+    found: list[Candidate] = [] if chosen is None else [chosen]
     for group in groups.values():
-        if chosen in group:
-            larger = [c for c in group if token_cost(c.layout) < token_cost(chosen.layout)]
-            best = min(larger, key=lambda c: c.peak_bytes, default=None)
-        else:
-            fitting = [c for c in group if c.fits]
-            best = (
-                min(fitting, key=lambda c: token_cost(c.layout)) if fitting else min(group, key=lambda c: c.peak_bytes)
-            )
-        if best is not None:
-            rivals.append(
-                replace(
-                    best, why=(why_lost(problem, best, chosen, token_cost(best.layout) / token_cost(chosen.layout)),)
-                )
-            )
-    return tuple(rivals)
+        if any(c is chosen for c in group) and chosen is not None:
+            faster = [c for c in group if _seconds(c) < _seconds(chosen) and not c.fits]
+            found += [min(faster, key=lambda c: c.peak_bytes)] if faster else []
+            continue
+        fitting = [c for c in group if c.fits]
+        found.append(_fastest(fitting) if fitting else min(group, key=lambda c: (c.peak_bytes, c.host_bytes)))
+    return found

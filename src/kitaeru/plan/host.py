@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kitaeru.i18n import N_
 from kitaeru.plan.memory import GPU_PROCESS_HOST_BYTES, host_bytes
-from kitaeru.plan.stored import Setting, trained_parameters
+from kitaeru.plan.stored import Setting, trained_parameters, weight_bytes
 from kitaeru.plan.types import Layout
 from kitaeru.shape import ModelShape
 
@@ -36,10 +36,10 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
     if layout.device == "cpu":
         return {"processes": host_bytes(layout, shape, setting) * layout.devices}
     processes = 1 if layout.strategy in ("single", "model_parallel") else layout.devices
-    items = {
-        "processes": processes * GPU_PROCESS_HOST_BYTES,
-        "loading": host_bytes(layout, shape, setting) - GPU_PROCESS_HOST_BYTES,
-    }
+    loading = host_bytes(layout, shape, setting) - GPU_PROCESS_HOST_BYTES
+    if layout.strategy == "fsdp":  # each process has the whole model in RAM before it cuts its pieces out
+        loading += layout.devices * sum(weight_bytes(layout, shape))
+    items = {"processes": processes * GPU_PROCESS_HOST_BYTES, "loading": loading}
     if layout.variant in MOMENT_BYTES:
         trained = trained_parameters(layout, shape, setting.lora)
         items["optimizer"] = (MASTER_BYTES + MOMENT_BYTES[layout.variant]) * trained

@@ -43,7 +43,7 @@ Rule = Callable[[Case], str | None]
 def is_built(layout: Layout) -> bool:
     """Whether the engine can run this way today."""
     variants = VARIANTS_BUILT.get(layout.strategy, ("",))
-    return layout.strategy in STRATEGIES_BUILT and layout.variant in variants
+    return layout.strategy in STRATEGIES_BUILT and layout.variant in variants and not layout.packed_experts
 
 
 def _cuda_needs_a_gpu(case: Case) -> str | None:
@@ -173,8 +173,9 @@ def _interleaving_goes_in_rounds(case: Case) -> str | None:
 
 
 def _optimizer_sees_whole_weights(case: Case) -> str | None:
-    optimizer = case.recipe.train.optimizer
-    if case.layout.strategy not in ("fsdp", *ZERO) or optimizer not in (*BITSANDBYTES_OPTIMIZERS, "adafactor"):
+    optimizer, strategy = case.recipe.train.optimizer, case.layout.strategy
+    whole = ("adafactor",) if strategy == "fsdp" else ("adafactor", *BITSANDBYTES_OPTIMIZERS)
+    if strategy not in ("fsdp", *ZERO) or optimizer not in whole:
         return None
     return tr(
         "{optimizer} needs whole weights; {strategy} gives each device a piece.",

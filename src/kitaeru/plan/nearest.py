@@ -34,8 +34,11 @@ def not_legal(problem: Problem, reasons: Sequence[str]) -> PlanError:
 
 
 def no_layout(problem: Problem, candidates: Sequence[Candidate], price: Pricer) -> PlanError:
-    """The error when no candidate fits: what the smallest needs, what there is, and the nearest that would fit."""
-    smallest = min(candidates, key=lambda candidate: candidate.peak_bytes)
+    """The error when nothing that is built fits: what the smallest needs, what there is, the nearest that would fit."""
+    usable = [candidate for candidate in candidates if candidate.built]
+    if not usable:
+        return not_built(candidates)
+    smallest = min(usable, key=lambda candidate: candidate.peak_bytes)
     what = tr(
         "{model} does not fit: the smallest layout ({method}, {tokens} tokens at a time) needs {need:.1f} GB, "
         "and {device} has {free:.1f} GB free.",
@@ -46,7 +49,22 @@ def no_layout(problem: Problem, candidates: Sequence[Candidate], price: Pricer) 
         device=problem.device_name,
         free=free_bytes(problem) / GB,
     )
-    return PlanError(what, remedy=_nearest(problem, price) or _hopeless(problem, free_bytes(problem)))
+    remedy = _nearest(problem, price)
+    waiting = [candidate for candidate in candidates if candidate.fits]
+    if waiting:
+        best = min(waiting, key=lambda c: c.speed.step_seconds if c.speed else 0.0)
+        sentence = tr("{name} would fit, but is not built yet.", name=best.layout.name)
+        return PlanError(what, remedy=f"{sentence} {remedy}" if remedy else sentence)
+    return PlanError(what, remedy=remedy or _hopeless(problem))
+
+
+def not_built(candidates: Sequence[Candidate]) -> PlanError:
+    """The error for a recipe that wants a strategy the engine cannot run."""
+    name = candidates[0].layout.strategy
+    return PlanError(
+        tr("This version of kitaeru cannot train with `strategy: {strategy}` yet.", strategy=name),
+        remedy=tr("Leave `strategy` out."),
+    )
 
 
 def _nearest(problem: Problem, price: Pricer) -> str | None:
@@ -107,15 +125,28 @@ def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _hopeless(problem: Problem, free: int) -> str:
-    """What is missing when no change helps: the weights alone against the device, and a known model that would fit."""
-    layout = Layout("single", "qlora", "nf4", problem.precision, "recompute", 512, "cuda")
-    size = sum(weight_bytes(layout, problem.shape))
-    sentence = tr(
-        "Its weights alone take {size:.1f} GB in 4 bits, {times:.1f} times what is free.",
-        size=size / GB,
-        times=size / max(free, 1),
+def _hopeless(problem: Problem) -> str:
+    """What is missing when no change helps: the weights alone against the devices, and a known model that would fit."""
+    layout = Layout(
+        "single", "qlora", "nf4", problem.precision, "recompute", 512, "cuda", packed_experts=problem.shape.experts > 0
     )
+    size, free = sum(weight_bytes(layout, problem.shape)), free_bytes(problem)
+    count = 1 if problem.device is None else len(problem.hardware.devices)
+    together = sum(free_bytes(problem, rank=rank) for rank in range(count))
+    if count > 1 and size > together:
+        sentence = tr(
+            "Its weights alone take {size:.1f} GB in 4 bits, {times:.1f} times what is free on all {count} devices "
+            "together.",
+            size=size / GB,
+            times=size / max(together, 1),
+            count=count,
+        )
+    else:
+        sentence = tr(
+            "Its weights alone take {size:.1f} GB in 4 bits, {times:.1f} times what is free.",
+            size=size / GB,
+            times=size / max(free, 1),
+        )
     model = _largest_that_fits(layout, int(free * 0.75))
     if model is None or model.parameters() >= problem.shape.parameters():
         return sentence + " " + tr("Free memory on the device, or choose a smaller model.")

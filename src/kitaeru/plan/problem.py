@@ -36,6 +36,27 @@ class Problem:
     precision: Precision
     schedule: Schedule
     longest: int
+    facts: DataFacts | None = None
+
+    @property
+    def world(self) -> int:
+        """Devices there are to train on: GPUs, or processes on a CPU."""
+        if self.recipe.limits.devices is not None:
+            return self.recipe.limits.devices
+        if self.device is None:
+            return 1 if self.recipe.strategy in ("auto", "single") else 2
+        return max(1, len(self.hardware.devices))
+
+    def device_of(self, rank: int) -> Device | None:
+        """The device of a rank; with more ranks than GPUs they share them."""
+        return None if self.device is None else self.hardware.devices[rank % len(self.hardware.devices)]
+
+    @property
+    def typical(self) -> float:
+        """Tokens of the example that a token is in, on average: longer examples hold more of the tokens."""
+        if self.facts is None or not self.facts.examples:
+            return float(self.longest)
+        return max(1.0, min(float(self.longest), 1.5 * self.facts.tokens / self.facts.examples))
 
     @property
     def usual_micro_batch(self) -> int:
@@ -69,7 +90,7 @@ def state(recipe: Recipe, hardware: Hardware, shape: ModelShape, facts: DataFact
             remedy=tr("Raise limits.micro_batch_tokens to {longest}, or lower data.seq_len to {micro}.", **sizes),
         )
     plan = schedule(recipe, longest, facts, on_cpu=device is None)
-    return Problem(recipe, hardware, shape, device, precision_for(recipe, device), plan, longest)
+    return Problem(recipe, hardware, shape, device, precision_for(recipe, device), plan, longest, facts)
 
 
 def pick_device(recipe: Recipe, hardware: Hardware) -> Device | None:
@@ -94,7 +115,7 @@ def setting_of(problem: Problem, layout: Layout) -> Setting:
         lora=problem.recipe.lora,
         optimizer=problem.recipe.train.optimizer,
         attention=problem.recipe.model.attention,
-        accumulates=layout.micro_batch_tokens < global_tokens(problem),
+        accumulates=layout.micro_batch_tokens * layout.replicas < global_tokens(problem),
         longest=problem.longest,
         repeats_keys=known < GROUPED_PACKED_ATTENTION,
     )
@@ -111,8 +132,13 @@ def needed_bytes(layout: Layout, peak: int) -> int:
     return int(peak * (1 + MARGIN)) + device_overhead_bytes(layout) + FRAGMENTATION_BYTES
 
 
-def free_bytes(problem: Problem) -> int:
-    """What the device has free, at most `limits.memory_gb`."""
-    free = problem.hardware.host_free_bytes if problem.device is None else problem.device.free_bytes
+def free_bytes(problem: Problem, layout: Layout | None = None, rank: int = 0) -> int:
+    """What a rank's device (without a layout: the first one) has free for it, at most `limits.memory_gb`."""
+    device = problem.device_of(rank)
+    ranks = 1 if layout is None else layout.devices
+    if device is None:
+        free = problem.hardware.host_free_bytes // ranks
+    else:
+        free = device.free_bytes // -(-ranks // len(problem.hardware.devices))
     limit = problem.recipe.limits.memory_gb
     return free if limit is None else min(free, int(limit * GB))

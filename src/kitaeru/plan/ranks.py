@@ -17,8 +17,8 @@ from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_
 from kitaeru.plan.types import Layout
 from kitaeru.shape import ModelShape
 
-# DDP reduces gradients in buckets of 25 MiB: one fills while another is sent.
-DDP_BUCKET_BYTES = 25 << 20
+# Gradients are summed in buckets, five of them on the way at a time (parallel.reducer).
+BUCKETS_BYTES = 5 * (32 << 20)
 # A sharded strategy gathers the next layer's weights while one is at work.
 LAYERS_GATHERED = 2
 PHASES = ("loading", "first_step", "steady_step", "evaluation", "saving")
@@ -105,34 +105,30 @@ def rank_items(layout: Layout, shape: ModelShape, setting: Setting, rank: int, m
 def _shared(layout: Layout, shape: ModelShape, setting: Setting, moment: Items, *, last: bool) -> Items:
     """A moment of one device as the strategy shares it out; `last` is the optimizer's step."""
     if layout.strategy == "ddp":
-        return {**moment, "communication": min(2 * DDP_BUCKET_BYTES, moment.get("gradients", 0))}
+        return {**moment, "communication": min(BUCKETS_BYTES, moment.get("gradients", 0))}
     if layout.strategy in ("fsdp", *ZERO):
         return _divided(layout, shape, setting, moment, last=last)
     width = layout.micro_batch_tokens * shape.hidden
     if layout.strategy == "tensor":
         return moment if last else {**moment, "communication": 2 * compute_bytes(layout) * width}
-    copies = (2 if layout.replicas > 1 else 0) * min(DDP_BUCKET_BYTES, moment.get("gradients", 0))
+    copies = min(BUCKETS_BYTES, moment.get("gradients", 0)) if layout.replicas > 1 else 0
     return {**moment, "communication": copies if last else copies + 4 * residual_bytes(layout) * width}
 
 
 def _divided(layout: Layout, shape: ModelShape, setting: Setting, moment: Items, *, last: bool) -> Items:
     """FSDP and ZeRO: what is stored is divided by the devices as far as the strategy divides it.
 
-    ZeRO trains 16-bit weights with a 32-bit copy in the divided optimizer; FSDP keeps 32-bit pieces and gathers them in
-    16 bits. Neither has autocast's copies of weights.
+    FSDP leaves an adapter whole on every rank, and gathers weights as they are stored. ZeRO trains 16-bit weights with
+    a 32-bit copy in the divided optimizer, and has no copies of autocast's.
     """
-    count, zero = layout.devices, layout.strategy in ZERO
     shared = dict(moment)
-    shared.pop("weight_casts", None)
     trained = trained_parameters(layout, shape, setting.lora)
-    if zero:
+    if layout.strategy in ZERO:
+        shared.pop("weight_casts", None)
         _as_16_bits(shared, layout, trained)
-    divided = {"optimizer"} | ({"gradients"} if layout.strategy != "zero1" else set())
-    if layout.strategy in SHARDED:
-        divided |= {"weights", "quantization", "adapter"}
-    for name in divided & shared.keys():
-        shared[name] = -(-shared[name] // count)
-    shared["communication"] = _reduction_bytes(layout, shape, setting, trained)
+    for name in _divided_items(layout) & shared.keys():
+        shared[name] = -(-shared[name] // layout.devices)
+    shared["communication"] = _reduction_bytes(layout, shape, trained)
     if layout.strategy in SHARDED and not last:
         shared["gathered"] = gathered_bytes(layout, shape)
     if layout.variant.startswith("offload"):
@@ -141,6 +137,13 @@ def _divided(layout: Layout, shape: ModelShape, setting: Setting, moment: Items,
         if layout.variant == "offload-all":
             shared["weights"] = 0
     return shared
+
+
+def _divided_items(layout: Layout) -> set[str]:
+    if layout.strategy == "fsdp" and not trains_all(layout):
+        return {"weights", "quantization"}
+    divided = {"optimizer"} | ({"gradients"} if layout.strategy != "zero1" else set())
+    return divided | ({"weights", "quantization", "adapter"} if layout.strategy in SHARDED else set())
 
 
 def _as_16_bits(shared: Items, layout: Layout, trained: int) -> None:
@@ -154,20 +157,22 @@ def _as_16_bits(shared: Items, layout: Layout, trained: int) -> None:
     shared["optimizer"] = shared["optimizer"] + (4 * trained if width == 2 else 0)
 
 
-def _reduction_bytes(layout: Layout, shape: ModelShape, setting: Setting, trained: int) -> int:
-    """Gradients on their way to the device that owns them: of the layers at work, or two buckets of ZeRO's."""
+def _reduction_bytes(layout: Layout, shape: ModelShape, trained: int) -> int:
+    """Gradients on their way to the device that owns them: those of the layers at work, of adapters a few buckets."""
+    if not trains_all(layout):
+        return min(BUCKETS_BYTES, 4 * trained)
     width = 4 if layout.strategy == "fsdp" else compute_bytes(layout)
-    return LAYERS_GATHERED * width * min(trained, max(trained // shape.layers, shape.hidden**2 // shape.layers))
+    return LAYERS_GATHERED * width * (trained // shape.layers)
 
 
 def layer_weight_bytes(layout: Layout, shape: ModelShape) -> tuple[int, int]:
-    """Weights of one layer and of the tables outside the layers as they are sent between devices: a frozen weight as it
-    is stored, a trained one in the arithmetic's width.
+    """Weights of one layer and of the tables outside the layers as they are sent between devices: as they are stored,
+    which for ZeRO's trained ones is in 16 bits.
     """
     sent = layout
-    if trains_all(layout):
-        sent = replace(layout, method="lora", base="none")
-    outside = shape.embedding_parameters() * compute_bytes(layout)
+    if trains_all(layout) and layout.strategy in ZERO:
+        sent = replace(layout, method="lora")
+    outside = shape.embedding_parameters() * (4 if trains_all(sent) else compute_bytes(layout))
     return -(-(sum(weight_bytes(sent, shape)) - outside) // shape.layers), outside
 
 

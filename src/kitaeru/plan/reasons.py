@@ -167,7 +167,7 @@ def _sharing_sentences(problem: Problem, chosen: Candidate, link: str) -> Iterat
         )
     elif layout.cuts:
         yield tr(
-            "{way}: the stages have {cuts} layers; {micro} micro-batches a step leave a device waiting {share:.1%} of the "
+            "{way}: the stages have {cuts} layers; with {micro} micro-batches a step a device waits {share:.1%} of the "
             "time.",
             way=layout.way,
             cuts=" + ".join(map(str, layout.cuts)),
@@ -176,7 +176,7 @@ def _sharing_sentences(problem: Problem, chosen: Candidate, link: str) -> Iterat
         )
     else:
         yield tr(
-            "{way}: a device holds {base:.1f} GB of weights; waiting for what crosses {link} takes {share:.1%} of the time.",
+            "{way}: a device holds {base:.1f} GB of weights and waits {share:.1%} of the time for what crosses {link}.",
             way=layout.way,
             base=base,
             link=link,
@@ -194,7 +194,8 @@ def why_lost(problem: Problem, rival: Candidate, chosen: Candidate | None) -> st
         return ""
     if rival.layout.method != chosen.layout.method or rival.layout.base != chosen.layout.base:
         if rival.layout.base == "nf4":
-            return tr("Fits too, but a 4-bit base is less exact and is not needed here.")
+            rate = f"{rival.speed.tokens_per_second:,.0f}" if rival.speed else "?"
+            return tr("Fits too ({rate} tokens/s), but a 4-bit base is less exact and is not needed here.", rate=rate)
         return tr("Fits too, but only with weights that travel between the devices.")
     share = _seconds(rival) / _seconds(chosen)
     if share < 1.02:

@@ -17,7 +17,7 @@ from kitaeru.plan.layouts import SHARDED, ZERO
 from kitaeru.plan.pipeline import balanced_cuts, orders, simulate
 from kitaeru.plan.ranks import layer_weight_bytes, part_of
 from kitaeru.plan.rates import LinkRates, Rates, cpu_rates, device_rates, link_rates
-from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters
+from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters, trains_all
 from kitaeru.plan.types import Layout, Speed
 from kitaeru.plan.work import (
     Work,
@@ -67,7 +67,8 @@ def pace(
     if layout.device == "cpu":
         rates = (cpu_rates(hardware, case, layout.devices),) * layout.devices
     else:
-        rates = tuple(device_rates(device, layout.precision, case, profile) for device in devices[: layout.devices])
+        kinds = {device: device_rates(device, layout.precision, case, profile) for device in dict.fromkeys(devices)}
+        rates = tuple(kinds[devices[rank % len(devices)]] for rank in range(layout.devices))
     return Pace(rates, link_rates(hardware, layout.devices, case, profile))
 
 
@@ -218,7 +219,8 @@ def _layer_waits(
     trained = trained_parameters(layout, shape, load.setting.lora)
     share = (layout.devices - 1) / layout.devices
     gather = share * weights / at.link.bytes_s + at.link.latency
-    reduce = share * 2 * trained / shape.layers / at.link.bytes_s
+    width = 4 if layout.strategy == "fsdp" else 2
+    reduce = share * width * trained / shape.layers / at.link.bytes_s if trains_all(layout) else 0.0
     waits = 0.0
     if layout.strategy in SHARDED:
         fetched = gather
@@ -245,9 +247,10 @@ def _end_of_step(
     if layout.variant.startswith("offload"):
         updated = 2 * trained / layout.devices / rates.host_copy
         return {"offload": moved / rates.host_memory + updated}, {}
-    shared = layout.devices if layout.strategy in ("fsdp", *ZERO, "tensor") else 1
+    adapter_on_all = layout.strategy == "ddp" or (layout.strategy == "fsdp" and not trains_all(layout))
+    shared = layout.devices if layout.strategy in ("fsdp", *ZERO, "tensor") and not adapter_on_all else 1
     ending = {"optimizer": moved / shared / rates.stream}
-    if layout.strategy == "ddp":
+    if adapter_on_all:
         return ending, {"communication": _hidden(_all_reduce(layout, at, 4 * trained), 0.5 * micro)}
     if layout.strategy in ("zero1", "zero2"):
         width = compute_bytes(layout)

@@ -100,8 +100,9 @@ def weight_bytes(layout: Layout, shape: ModelShape) -> tuple[int, int]:
     width = 4 if trains_all(layout) else compute_bytes(layout)
     if layout.base == "none":
         return shape.parameters() * width, 0
-    rest = (shape.parameters() - shape.linear_parameters()) * width
-    stored = scales = 0
+    experts = shape.expert_parameters() if layout.packed_experts else 0
+    rest = (shape.parameters() - shape.linear_parameters() - experts) * width
+    stored, scales = experts // 2, experts // NF4_BLOCK + 4 * experts // (NF4_BLOCK * NF4_SECOND_BLOCK)
     for linear in shape.linears():
         if layout.base == "nf4":
             blocks = -(-linear.weights // NF4_BLOCK)

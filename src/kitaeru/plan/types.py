@@ -26,7 +26,7 @@ class Layout:
     which is `replicas` (copies of the model, each with its own data) times the devices that share one copy. `variant`
     tells ways of one strategy apart (`grad` and none of fsdp, `1f1b` and `interleaved` of pipeline, `offload` of zero).
     `cuts` are the layers of each pipeline stage in the model's order; a rank with `chunks` stages holds every
-    (devices/replicas)-th of them.
+    (devices/replicas)-th of them. `packed_experts`: a mixture's stacked experts are stored in 4 bits too.
     """
 
     strategy: str
@@ -41,6 +41,7 @@ class Layout:
     replicas: int = 1
     chunks: int = 1
     cuts: tuple[int, ...] = ()
+    packed_experts: bool = False
 
     @property
     def ranks_per_replica(self) -> int:
@@ -56,7 +57,8 @@ class Layout:
     @property
     def name(self) -> str:
         """A short name for tables, for example `single/qlora/keep/4096`."""
-        return f"{self.way}/{self.method}/{self.activations}/{self.micro_batch_tokens}"
+        method = f"{self.method}+experts" if self.packed_experts else self.method
+        return f"{self.way}/{method}/{self.activations}/{self.micro_batch_tokens}"
 
 
 @dataclass(frozen=True)

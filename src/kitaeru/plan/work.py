@@ -72,7 +72,7 @@ def layer_forward(layout: Layout, shape: ModelShape, setting: Setting, typical: 
         attention_forward=4 * shape.q_size * seen_tokens(shape, typical) * tokens,
         eager=tokens * _eager_bytes(layout, shape, setting, forward=True),
         stream=_weight_traffic(layout, shape, forward=True),
-        unpacked=weights * UNPACKED_BYTES[layout.base],
+        unpacked=_unpacked_bytes(layout, shape),
         operations=_operations(layout, shape, setting),
     )
 
@@ -90,7 +90,7 @@ def layer_backward(layout: Layout, shape: ModelShape, setting: Setting, typical:
         attention_backward=10 * shape.q_size * seen_tokens(shape, typical) * tokens,
         eager=tokens * _eager_bytes(layout, shape, setting, forward=False),
         stream=_weight_traffic(layout, shape, forward=False),
-        unpacked=weights * UNPACKED_BYTES[layout.base],
+        unpacked=_unpacked_bytes(layout, shape),
         operations=1.8 * _operations(layout, shape, setting),
     )
     return work + layer_forward(layout, shape, setting, typical) if layout.activations == "recompute" else work
@@ -150,6 +150,11 @@ def _adapter_size(layout: Layout, shape: ModelShape, setting: Setting) -> float:
 
 def _active_expert_weights(shape: ModelShape) -> float:
     return shape.expert_parameters() * shape.experts_per_token / shape.experts / shape.layers if shape.experts else 0.0
+
+
+def _unpacked_bytes(layout: Layout, shape: ModelShape) -> float:
+    packed = shape.linear_parameters() + (shape.expert_parameters() if layout.packed_experts else 0)
+    return packed / shape.layers * UNPACKED_BYTES[layout.base]
 
 
 def _eager_bytes(layout: Layout, shape: ModelShape, setting: Setting, *, forward: bool) -> float:
