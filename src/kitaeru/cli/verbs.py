@@ -36,6 +36,18 @@ VERBS: tuple[Verb, ...] = (
         "kitaeru.cli.train:run",
     ),
     Verb(
+        "plan",
+        N_("Show every way to train a model on a machine, ranked, with memory, speed and reasons."),
+        'kitaeru plan elyza/Llama-3-ELYZA-JP-8B --gpus "2x RTX A5000"',
+        "kitaeru.cli.plan:run",
+    ),
+    Verb(
+        "models",
+        N_("Show which known models a machine can train, how, and how fast."),
+        'kitaeru models --gpus "2x RTX A5000"',
+        "kitaeru.cli.models:run",
+    ),
+    Verb(
         "report",
         N_("Write the page that shows what a run did."),
         "kitaeru report runs/my-run",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+# Rows are read to make a plan too, and planning must not wait for torch.
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

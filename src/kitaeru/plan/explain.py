@@ -1,0 +1,85 @@
+"""Every number of a candidate with how it came about: items of memory, RAM, seconds of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kitaeru.hardware import Device
+from kitaeru.i18n import N_, tr
+from kitaeru.plan import rates
+from kitaeru.plan.host import HOST_ITEMS
+from kitaeru.plan.memory import ITEMS
+from kitaeru.plan.speed import PARTS
+from kitaeru.plan.types import Candidate
+
+FORMULAS: dict[str, str] = {
+    "weights": N_("parameters x bytes as stored: 0.5 in 4 bits, 1 in 8, 2 in 16, 4 where they are trained"),
+    "quantization": N_("1 byte for 64 weights and 4 for 16,384 (NF4); 4 a row (INT8)"),
+    "weight_casts": N_("2 bytes for each weight of a trained 32-bit linear layer"),
+    "adapter": N_("4 bytes x r x (inputs + outputs) of each adapted layer"),
+    "gradients": N_("4 bytes x trained parameters (ZeRO: 2)"),
+    "optimizer": N_("AdamW: 8 bytes x trained parameters (ZeRO: 4 more for 32-bit weights)"),
+    "activations": N_("tokens x what each operation keeps, layer by layer; x micro-batches under way in a pipeline"),
+    "head": N_("512 rows of logits in 32 bits, up to 3 copies, and the gradient of what the head reads"),
+    "workspace": N_("gradients of one layer while its backward pass runs, and one unpacked weight"),
+    "gathered": N_("two layers and the tables put together from all devices"),
+    "communication": N_("five buckets of 32 MiB of gradients, or what stages hand over"),
+    "process": N_("measured: Python, torch and transformers imported"),
+    "processes": N_("3 GB a process"),
+    "loading": N_("one file of weights, at most 5 GB; FSDP: the whole model for each process"),
+    "pinned": N_("1 GB a device"),
+    "matrix_products": N_("2 FLOP x weights x tokens x passes / the rate below"),
+    "attention": N_("4 FLOP x width x tokens seen forward, 10 backward / the rates below"),
+    "small_kernels": N_("bytes that norms, activations, casts and sums read and write / the rates below"),
+    "unpacking": N_("2.5 bytes x 4-bit weights x passes / the rate below"),
+    "host": N_("operations x seconds an operation, as far as computing does not hide it; and a time for each step"),
+    "bubble": N_("simulated pass by pass"),
+    "offload": N_("gradients down, 28 bytes x trained parameters in the host's memory, weights up"),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number: its name, its value in bytes or seconds, what it is, and its formula."""
+
+    name: str
+    value: float
+    what: str
+    formula: str
+
+
+def memory_lines(items: dict[str, int]) -> list[Line]:
+    """The items of a device."""
+    return [Line(name, size, tr(ITEMS[name]), _formula(name)) for name, size in items.items()]
+
+
+def host_lines(candidate: Candidate) -> list[Line]:
+    """The items of the machine's RAM."""
+    return [Line(name, size, tr(HOST_ITEMS[name]), _formula(name)) for name, size in candidate.host.items()]
+
+
+def speed_lines(candidate: Candidate) -> list[Line]:
+    """The seconds of a step."""
+    parts = candidate.speed.parts if candidate.speed else {}
+    return [Line(name, seconds, tr(PARTS[name]), _formula(name)) for name, seconds in parts.items()]
+
+
+def _formula(name: str) -> str:
+    return tr(FORMULAS[name]) if name in FORMULAS else ""
+
+
+def factor_lines(device: Device | None) -> list[tuple[str, str, str]]:
+    """The shares of the sheet's rates that are taken, with where they are known from; sources are in English."""
+    if device is None:
+        return [(N_("CPU"), f"{rates.CPU_FLOPS_PER_CORE.likely / 1e9:.0f} GFLOP/s", rates.CPU_FLOPS_PER_CORE.source)]
+    kind = 9 if device.sm >= 9 else 8 if device.sm >= 8 else 7
+    named = (
+        (tr("matrix products"), rates.GEMM),
+        (tr("attention, forward"), rates.FLASH_FORWARD[kind]),
+        (tr("attention, backward"), rates.FLASH_BACKWARD[kind]),
+        (tr("one large kernel"), rates.STREAM),
+        (tr("small kernels"), rates.EAGER),
+        (tr("unpacking"), rates.DEQUANTISE),
+        (tr("copies over PCIe"), rates.PCIE if device.p2p else rates.PCIE_NO_P2P),
+    )
+    return [(name, f"{f.likely:.0%} ({f.low:.0%}–{f.high:.0%})", f.source) for name, f in named]
