@@ -54,7 +54,7 @@ def _work(folder: Path, rank: int, ranks: int, function: Callable[..., Any], arg
         world = join(store, rank=rank, size=ranks, local_rank=rank, device="cpu", local_size=ranks)
         answer = True, function(world, **arguments)
         world.wait()
-        leave()
+        leave(world)
     except BaseException:
         answer = False, traceback.format_exc()
     (folder / f"answer-{rank}").write_bytes(pickle.dumps(answer))

@@ -25,6 +25,9 @@ from kitaeru.errors import CheckpointError, TrainingError
 from kitaeru.events import Evaluated, Notice, Saved, Step
 from kitaeru.i18n import tr
 
+# A terminal's Ctrl-C reaches every process of a run, and whoever started them passes it on: one wish, heard twice.
+SAME_SIGNAL_SECONDS = 0.5
+
 
 @dataclass
 class Progress:
@@ -58,6 +61,7 @@ class Loop:
         self.watch = LossWatch(self.section)
         self.gated = 0
         self.stop_signal: int | None = None
+        self.signalled = 0.0
 
     # ---- the page: what happens, in order -------------------------------------------------------------------------
 
@@ -87,6 +91,7 @@ class Loop:
                     self.save()
                 if stop and done < self.total:
                     return "interrupted"
+            self.world.pulse.free()
         return "stopped_early" if self.progress.step < self.total else "finished"
 
     def _step(self) -> None:
@@ -140,6 +145,7 @@ class Loop:
         for place, number in enumerate(hand):
             # Dropout and noise depend on the seed, the step and the place in it alone: a resumed run draws the same,
             # and so does another number of ranks.
+            self.world.pulse.working(index)
             torch.manual_seed((self.section.seed * 1_000_003 + index) * 65_537 + (number or 0))
             batch = batches[_shortest(batches) if number is None else number]
             with trainee.autocast():
@@ -149,6 +155,7 @@ class Loop:
             else:
                 shares[number] = share.detach()
             trainee.strategy.backward(trainee.held, trainee.scaler.scale(share), last=place == len(hand) - 1)
+        self.world.pulse.waiting()
         trainee.strategy.reduce(trainee.held)
         return self._together(shares, len(batches))
 
@@ -225,6 +232,7 @@ class Loop:
     def _validate(self) -> bool:
         """Validate now; whether the loss is the lowest so far (before training there is nothing to be best)."""
         assert self.valid is not None
+        self.world.pulse.free()
         started = time.perf_counter()
         loss, tokens = self.evaluate(self.valid)
         best = self.progress.step > 0 and loss < self.progress.best_loss
@@ -277,6 +285,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of this step, verified, and prune old ones."""
+        self.world.pulse.free()
         started, trainee, step = time.perf_counter(), self.trainee, self.progress.step
         moments, scalars = optimizer_state(trainee.optimizer, trainee.named)
         pieces = {f"model/{name}": p.detach() for name, p in trainee.named}
@@ -353,9 +362,12 @@ class Loop:
         """Ctrl-C and SIGTERM end the step, save and stop; a second one stops at once."""
 
         def remember(number: int, _: object) -> None:
+            now = time.monotonic()
             if self.stop_signal is not None:
+                if self.world.size > 1 and now - self.signalled < SAME_SIGNAL_SECONDS:
+                    return
                 raise KeyboardInterrupt
-            self.stop_signal = number
+            self.stop_signal, self.signalled = number, now
             self.trainee.say(tr("Stopping after this step; it is saved first. Once more stops at once."), "warning")
 
         before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}

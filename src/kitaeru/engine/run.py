@@ -40,7 +40,7 @@ from kitaeru.model.tokenizer import load_tokenizer
 from kitaeru.parallel.world import World
 from kitaeru.plan.choose import default_seq_len, make_plan
 from kitaeru.plan.types import Plan
-from kitaeru.recipe.read import to_yaml
+from kitaeru.recipe.read import read, to_yaml
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
 
@@ -85,24 +85,62 @@ def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None) -
     seq_len = default_seq_len(wish, shape)
     data = prepare_data(wish, tokenizer, seq_len=seq_len, bad_rows=folder / "bad_rows.jsonl", progress=phase)
     notices: list[str] = []
-    resume_from = None
-    if resume:
-        resume_from = checkpoint.newest_good(
-            folder / "checkpoints",
-            damaged=lambda path, why: notices.append(
-                tr("Checkpoint {name} is damaged ({why}); an earlier one is used.", name=path.name, why=why)
-            ),
-        )
-        if resume_from is None:
-            notices.append(tr("There is no checkpoint to go on from yet: training starts at the beginning."))
-    if resume_from is not None:
-        meta = json.loads((resume_from / checkpoint.META).read_text(encoding="utf-8"))
-        checkpoint.compare(meta["fingerprints"], fingerprints(wish, data))
-    # A resumed run is planned for the machine it was planned for at first: only what the wish now changes, changes.
-    hardware = probe() if earlier is None else Hardware.from_dict(earlier.hardware)
+    resume_from = _resume_point(folder, wish, data, notices) if resume else None
+    hardware = _hardware(earlier)
     plan = make_plan(wish, hardware, shape, data.facts)
     _write_down(folder, wish, plan)
     return Run(folder, wish, plan, data, tokenizer, resume_from, tuple(notices))
+
+
+def reopen(folder: Path, *, resume: bool, main: bool, phase: Phase | None = None) -> Run:
+    """A prepared run in another process: from the wish, the plan and the token cache alone.
+
+    Only the `main` one of several processes says where a resumed run goes on.
+
+    Raises:
+        KitaeruError: as `prepare`.
+    """
+    quiet_libraries()
+    plan = Plan.load(folder / "plan.json")
+    wish = read(folder / "recipe.yaml").recipe
+    tokenizer = load_tokenizer(wish.model)
+    seq_len = plan.recipe.data.seq_len
+    assert seq_len is not None
+    data = prepare_data(wish, tokenizer, seq_len=seq_len, bad_rows=None, progress=phase)
+    notices: list[str] = []
+    resume_from = _resume_point(folder, wish, data, notices) if resume and main else None
+    return Run(folder, wish, plan, data, tokenizer, resume_from, tuple(notices))
+
+
+def _resume_point(folder: Path, wish: Recipe, data: Prepared, notices: list[str]) -> Path | None:
+    """The newest good checkpoint; None where there is none yet, which a notice says.
+
+    Raises:
+        CheckpointError: it belongs to another recipe or data set.
+    """
+    found = checkpoint.newest_good(
+        folder / "checkpoints",
+        damaged=lambda path, why: notices.append(
+            tr("Checkpoint {name} is damaged ({why}); an earlier one is used.", name=path.name, why=why)
+        ),
+    )
+    if found is None:
+        notices.append(tr("There is no checkpoint to go on from yet: training starts at the beginning."))
+        return None
+    meta = json.loads((found / checkpoint.META).read_text(encoding="utf-8"))
+    checkpoint.compare(meta["fingerprints"], fingerprints(wish, data))
+    return found
+
+
+def _hardware(earlier: Plan | None) -> Hardware:
+    """What a run is planned for. A resumed one: the machine it was planned for at first, so that only what the wish now
+    changes, changes; unless it has another number of GPUs now.
+    """
+    now = probe()
+    if earlier is None:
+        return now
+    before = Hardware.from_dict(earlier.hardware)
+    return before if len(before.devices) == len(now.devices) else now
 
 
 def _write_down(folder: Path, wish: Recipe, plan: Plan) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-# Waiting longer than this in a collective is an error whatever the reason; `heartbeat` finds dead ranks much sooner.
+from kitaeru.parallel.pulse import Lost, NoPulse, Pulse
+
+# Waiting longer than this in a collective is an error whatever the reason; `pulse` finds dead ranks much sooner.
 TIMEOUT = timedelta(hours=1)
 
 T = TypeVar("T")
@@ -28,6 +30,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     host: str = field(default_factory=socket.gethostname)
+    pulse: Pulse | NoPulse = field(default_factory=NoPulse)
 
     @property
     def main(self) -> bool:
@@ -77,8 +80,19 @@ class World:
             self.sum(torch.zeros(1))
 
 
-def join(store: dist.Store, *, rank: int, size: int, local_rank: int, device: str, local_size: int) -> World:
+def join(
+    store: Any,
+    *,
+    rank: int,
+    size: int,
+    local_rank: int,
+    local_size: int,
+    device: str,
+    on_loss: Callable[[Lost], None] | None = None,
+) -> World:
     """Make this process one of `size` that train together; all must call it. `device` is "cpu" or "cuda".
+
+    `store` is torch's, common to all. With `on_loss` the ranks watch each other, and it is told of one that is lost.
 
     NCCL carries what lies on GPUs; gloo what lies on the CPU, and everything where processes share a GPU, which NCCL
     refuses. `local_rank` of `local_size` counts the processes of this host.
@@ -90,10 +104,17 @@ def join(store: dist.Store, *, rank: int, size: int, local_rank: int, device: st
         if local_size <= count:
             backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    return World(rank, size, local_rank)
+    world = World(rank, size, local_rank)
+    if on_loss is None or size == 1:
+        return world
+    hosts: list[str] = [""] * size
+    dist.all_gather_object(hosts, world.host)
+    return replace(world, pulse=Pulse(store.clone(), rank, hosts, on_loss))
 
 
-def leave() -> None:
+def leave(world: World) -> None:
     """Let go of the others."""
+    if isinstance(world.pulse, Pulse):
+        world.pulse.stop()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,146 @@
+"""Starts the processes of a run on several devices of this machine, and says which one failed and why.
+
+Only the run's folder crosses into a worker. torch's elastic agent starts them, stops the others when one ends badly
+and starts all again while `max_restarts` allows. They are forked from one process that has imported everything and
+touched no GPU, so that starting N of them takes as long as starting one.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from kitaeru.engine.rank import Record, lost_remedy, lost_text, records
+from kitaeru.errors import KitaeruError, TrainingError
+from kitaeru.events import EventLog, Notice, RunFinished, Step, read
+from kitaeru.i18n import tr
+
+# After one has failed, the others get so long to go before they are killed.
+SHUTDOWN_SECONDS = 8
+
+
+def launch(
+    folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...], count: int, max_restarts: int
+) -> Any:
+    """Call `function(*arguments)` in `count` processes; what it gave on rank 0.
+
+    The function must be importable by name. Ctrl-C and SIGTERM are passed on to the processes, which save and end.
+
+    Raises:
+        TrainingError: a process died; names it, its last step and the likely cause.
+        KitaeruError: the error that a process raised.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["kitaeru.engine.rank", "kitaeru.report.live"])
+    for old in (folder / "logs").glob("rank-*.json"):
+        old.unlink()
+    options: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS} if _has("shutdown_timeout") else {}
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=max_restarts,
+        monitor_interval=0.1,
+        start_method="forkserver",
+        signals_to_handle="SIGHUP",  # the others are passed on below
+        **options,
+    )
+    try:
+        with _signals_passed_on(folder):
+            answers: dict[int, Any] = elastic_launch(config, function)(*arguments)
+    except ChildFailedError as failed:
+        error = explain(folder, failed.failures)
+        _tell(folder, error)
+        raise error from None
+    return answers[0]
+
+
+def _has(name: str) -> bool:
+    return name in {field.name for field in fields(LaunchConfig)}
+
+
+@contextmanager
+def _signals_passed_on(folder: Path) -> Iterator[None]:
+    def pass_on(number: int, _: object) -> None:
+        for record in records(folder):
+            with suppress(ProcessLookupError):
+                os.kill(record.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def explain(folder: Path, failures: Mapping[int, ProcessFailure]) -> KitaeruError:
+    """The error behind processes that ended badly: what one of them said itself, or a guess from how it died."""
+    said = records(folder)
+    for record in said:
+        if record.state == "failed" and record.kind:
+            return record.error()
+    for record in said:
+        if record.state == "lost":
+            return record.error()
+    killed = [(rank, failure) for rank, failure in failures.items() if failure.exitcode < 0]
+    states = {record.rank: record.state for record in said}
+    killed.sort(key=lambda item: states.get(item[0]) != "running")
+    for rank, failure in killed:
+        return _lost(folder, rank, said, died_of(-failure.exitcode))
+    for record in sorted(said, key=lambda r: r.state != "failed"):
+        if record.state in ("failed", "victim"):
+            return _lost(folder, record.rank, said, record.what.splitlines()[0])
+    rank, failure = next(iter(failures.items()))
+    return _lost(folder, rank, said, tr("it ended with code {code}", code=failure.exitcode))
+
+
+def died_of(number: int) -> str:
+    """What a process that a signal ended most likely died of."""
+    match number:
+        case signal.SIGKILL:
+            return tr("killed from outside, most likely because the machine ran out of RAM (see `dmesg`)")
+        case signal.SIGBUS:
+            return tr("no room left in shared memory (in a container, raise --shm-size)")
+        case signal.SIGSEGV | signal.SIGABRT | signal.SIGILL | signal.SIGFPE:
+            return tr(
+                "a library crashed ({signal}); its words are in the log of the rank", signal=signal.Signals(number).name
+            )
+    return tr("ended by {signal}", signal=signal.Signals(number).name)
+
+
+def _lost(folder: Path, rank: int, said: list[Record], why: str) -> KitaeruError:
+    host = next((record.host for record in said if record.rank == rank), "localhost")
+    where = str(folder / "logs" / f"rank-{rank}.log") if rank else None
+    return TrainingError(lost_text(rank, host, last_step(folder), why), where=where, remedy=lost_remedy())
+
+
+def last_step(folder: Path) -> int:
+    """The last finished step that a run has told of."""
+    with suppress(OSError):
+        return max((event.step for event in read(folder / "events.jsonl") if isinstance(event, Step)), default=0)
+    return 0
+
+
+def _tell(folder: Path, error: KitaeruError) -> None:
+    """Into the log of the run, since the process that writes it may be the one that died."""
+    with suppress(OSError):
+        log, step = EventLog(folder / "events.jsonl"), last_step(folder)
+        log(Notice(level="error", text=str(error), step=step))
+        log(RunFinished(outcome="failed", step=step, seconds=0.0, reason=str(error)))
+        log.close()
