@@ -66,7 +66,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     >>> ticks(0, 97), ticks(1.92, 3.4)
     ([0.0, 20.0, 40.0, 60.0, 80.0, 100.0], [1.5, 2.0, 2.5, 3.0, 3.5])
     """
-    if not high > low:
+    if not high - low > 1e-300:  # no range, or one whose logarithm does not exist
         pad = abs(low) / 2 or 0.5
         low, high = (0.0, 2 * low) if low > 0 else (low - pad, low + pad)
     rough = (high - low) / count
