@@ -67,8 +67,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     ([0.0, 20.0, 40.0, 60.0, 80.0, 100.0], [1.5, 2.0, 2.5, 3.0, 3.5])
     """
     if not high - low > 1e-300:  # no range, or one whose logarithm does not exist
-        pad = abs(low) / 2 or 0.5
-        low, high = (0.0, 2 * low) if low > 0 else (low - pad, low + pad)
+        pad = abs(low) / 2 if abs(low) > 1e-300 else 0.5
+        low, high = (0.0, 2 * low) if low > 1e-300 else (low - pad, low + pad)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * (1 - 1e-9))
