@@ -106,7 +106,10 @@ def _verdict(found: Survey, candidate: Candidate) -> str:
         return tr("chosen")
     if not candidate.fits:
         return tr("too big")
-    return tr("fits") if candidate.built else tr("not built yet")
+    if not candidate.built:
+        return tr("not built yet")
+    chosen = found.plan.chosen if found.plan else None
+    return tr("less exact") if chosen and _rate(candidate) > 1.02 * _rate(chosen) else tr("fits")
 
 
 def _bars(out: Console, problem: Problem, candidate: Candidate) -> None:

@@ -20,7 +20,7 @@ from kitaeru.plan.nearest import no_layout, not_legal
 from kitaeru.plan.problem import Problem, free_bytes, global_tokens, needed_bytes, setting_of, state
 from kitaeru.plan.ranks import phase_peaks, rank_items
 from kitaeru.plan.reasons import decide_layout, why_chosen, why_lost
-from kitaeru.plan.speed import Load, cuts_for, pace, speed_of, step
+from kitaeru.plan.speed import Load, Pace, cuts_for, pace, speed_of, step
 from kitaeru.plan.stored import trained_parameters
 from kitaeru.plan.types import Base, Candidate, DataFacts, Layout, MethodKind, Plan, Speed
 from kitaeru.recipe.types import Recipe
@@ -86,10 +86,12 @@ def survey(recipe: Recipe, hardware: Hardware, shape: ModelShape, facts: DataFac
     shown = _best_of_each(candidates, chosen)
     rivals = pricing.finished(replace(c, why=(why_lost(problem, c, chosen),)) for c in shown if c is not chosen)
     (chosen,) = pricing.finished([chosen])
-    chosen = replace(chosen, why=why_chosen(problem, chosen, pricing.link(chosen.layout)))
+    faster = next((c for c in rivals if c.fits and c.built and _seconds(c) < 0.9 * _seconds(chosen)), None)
+    chosen = replace(chosen, why=why_chosen(problem, chosen, pricing.link(chosen.layout), faster))
     learning = decide_learning(recipe, chosen.layout.method, problem.schedule, facts, on_cpu=problem.device is None)
     decisions = (*decide_layout(problem, chosen), *learning)
-    plan = Plan(fill(recipe, decisions), chosen, decisions, rivals, hardware.to_dict())
+    could_run = tuple(rival for rival in rivals if rival.built)
+    plan = Plan(fill(recipe, decisions), chosen, decisions, could_run, hardware.to_dict())
     return Survey(problem, _ranked((chosen, *rivals), chosen), pricing.impossible, plan, PlanError(""))
 
 
@@ -107,6 +109,7 @@ class Pricing:
     def __init__(self, problem: Problem, *, built_only: bool = False) -> None:
         self.problem = problem
         self.built_only = built_only
+        self._paces: dict[tuple[int, str], Pace] = {}
         self.impossible: dict[str, str] = {}
         # A described machine is not this one: its cards may be of the same kind and cooled otherwise.
         self.profile: Profile | None = None if problem.hardware.described else own_profile()
@@ -120,12 +123,8 @@ class Pricing:
         candidates: list[Candidate] = []
         for method, base in ways(self.problem.recipe):
             for arrangement in self._arrangements():
-                for layout in self._layouts(arrangement, method, base):
-                    reason = self._illegal(layout)
-                    if reason is None:
-                        candidates.append(self._candidate(layout))
-                    else:
-                        self.impossible.setdefault(f"{layout.way}/{layout.method}", reason)
+                for sizes in self._layouts(arrangement, method, base):
+                    candidates += self._rising(sizes)
         possible = {f"{c.layout.way}/{c.layout.method}" for c in candidates}
         if not candidates:
             raise not_legal(self.problem, list(dict.fromkeys(self.impossible.values())))
@@ -138,7 +137,14 @@ class Pricing:
 
     def link(self, layout: Layout) -> str:
         """What joins the devices of a layout, for people."""
-        return pace(layout, self.problem.hardware, self.problem.hardware.devices).link.name
+        return self._pace(layout, "likely").link.name
+
+    def _pace(self, layout: Layout, case: str) -> Pace:
+        key = (layout.devices, case)
+        if key not in self._paces:
+            hardware = self.problem.hardware
+            self._paces[key] = pace(layout, hardware, hardware.devices, case, self.profile)
+        return self._paces[key]
 
     def _arrangements(self) -> list[Arrangement]:
         problem = self.problem
@@ -149,25 +155,44 @@ class Pricing:
             found = [a for a in found if a.strategy == "single"]
         return found
 
-    def _layouts(self, arrangement: Arrangement, method: MethodKind, base: Base) -> Iterator[Layout]:
-        """The layouts of one arrangement and method: what is done with activations, the size of a micro-batch, and of a
-        mixture's experts both ways to store them.
+    def _rising(self, sizes: Sequence[Layout]) -> Iterator[Candidate]:
+        """Layouts that differ by the size of their micro-batch alone, up to the first that does not fit, and the last:
+        it may need less than one before it, since without accumulation no gradients wait.
+        """
+        full = False
+        for layout in sizes:
+            if full and layout is not sizes[-1]:
+                continue
+            reason = self._illegal(layout)
+            if reason is not None:
+                self.impossible.setdefault(f"{layout.way}/{layout.method}", reason)
+                continue
+            candidate = self._candidate(layout)
+            full = not candidate.fits
+            yield candidate
+
+    def _layouts(self, arrangement: Arrangement, method: MethodKind, base: Base) -> Iterator[list[Layout]]:
+        """The layouts of one arrangement and method, in rows that differ by the size of a micro-batch: one for each
+        thing that can be done with activations, and of a mixture's experts for both ways to store them.
         """
         problem = self.problem
         device: Literal["cuda", "cpu"] = "cpu" if problem.device is None else "cuda"
         if problem.recipe.limits.device == "cuda":
             device = "cuda"
         packed = (False, True) if base == "nf4" and problem.shape.experts else (False,)
+        sizes = micro_batch_sizes(problem, arrangement.replicas)
         for activations in activation_policies(problem.recipe):
-            for tokens in micro_batch_sizes(problem, arrangement.replicas):
-                for experts in packed:
-                    layout = Layout(
+            for experts in packed:
+                row = [
+                    Layout(
                         arrangement.strategy, method, base, problem.precision, activations, tokens, device,
                         arrangement.devices, arrangement.variant, arrangement.replicas, arrangement.chunks,
                         packed_experts=experts,
-                    )  # fmt: skip
-                    if is_built(layout) or not self.built_only:
-                        yield layout
+                    )
+                    for tokens in sizes
+                ]  # fmt: skip
+                if is_built(row[0]) or not self.built_only:
+                    yield row
 
     def _illegal(self, layout: Layout) -> str | None:
         problem = self.problem
@@ -183,15 +208,17 @@ class Pricing:
     def _candidate(self, layout: Layout) -> Candidate:
         problem = self.problem
         load = self._load(layout)
-        likely = pace(layout, problem.hardware, problem.hardware.devices, "likely", self.profile)
+        likely = self._pace(layout, "likely")
         if layout.strategy in ("pipeline", "model_parallel"):
             layout = self._cut(replace(layout, cuts=cuts_for(layout, problem.shape, load, likely)), load)
         devices = self._devices(layout, load)
         host = host_items(layout, problem.shape, load.setting)
         fits = self._fits(layout, devices) and self._host_fits(layout, host)
-        found = step(layout, problem.shape, load, likely)
-        tokens = load.global_tokens
-        rate = tokens / found.seconds
+        speed = None
+        if fits:
+            found = step(layout, problem.shape, load, likely)
+            rate = load.global_tokens / found.seconds
+            speed = Speed(found.seconds, rate, rate, rate, load.micro_batches(layout))
         return Candidate(
             layout=layout,
             memory=devices[self._fullest(layout, devices)],
@@ -199,9 +226,9 @@ class Pricing:
             fits=fits,
             devices=devices,
             host=host,
-            speed=Speed(found.seconds, rate, rate, rate, load.micro_batches(layout)),
+            speed=speed,
             trained_parameters=trained_parameters(layout, problem.shape, problem.recipe.lora),
-            global_batch_tokens=tokens,
+            global_batch_tokens=load.global_tokens,
             built=is_built(layout),
         )
 
@@ -252,10 +279,7 @@ class Pricing:
 
     def _speed(self, layout: Layout) -> Speed:
         problem = self.problem
-        likely, low, high = (
-            pace(layout, problem.hardware, problem.hardware.devices, case, self.profile)
-            for case in ("likely", "low", "high")
-        )
+        likely, low, high = (self._pace(layout, case) for case in ("likely", "low", "high"))
         return speed_of(layout, problem.shape, self._load(layout), (likely, low, high))
 
     def _phases(self, candidate: Candidate) -> dict[str, int]:
@@ -305,12 +329,12 @@ def _fastest(pool: Sequence[Candidate]) -> Candidate:
 
 
 def _seconds(candidate: Candidate) -> float:
-    return candidate.speed.step_seconds if candidate.speed else 0.0
+    return candidate.speed.step_seconds if candidate.speed else float("inf")
 
 
 def _best_of_each(candidates: Sequence[Candidate], chosen: Candidate | None) -> list[Candidate]:
     """The best of every way that was open (the smallest where none fits): the fastest of each method and strategy, and
-    of the chosen strategy also the best of what else can be done with activations, and a faster one that does not fit.
+    of the chosen strategy also the best of what else can be done with activations, and a larger one that does not fit.
     """
     groups: dict[tuple[str, ...], list[Candidate]] = {}
     own = chosen.layout.way if chosen else "single"
@@ -321,8 +345,8 @@ def _best_of_each(candidates: Sequence[Candidate], chosen: Candidate | None) -> 
     found: list[Candidate] = [] if chosen is None else [chosen]
     for group in groups.values():
         if any(c is chosen for c in group) and chosen is not None:
-            faster = [c for c in group if _seconds(c) < _seconds(chosen) and not c.fits]
-            found += [min(faster, key=lambda c: c.peak_bytes)] if faster else []
+            larger = [c for c in group if c.layout.micro_batch_tokens > chosen.layout.micro_batch_tokens and not c.fits]
+            found += [min(larger, key=lambda c: c.peak_bytes)] if larger else []
             continue
         fitting = [c for c in group if c.fits]
         found.append(_fastest(fitting) if fitting else min(group, key=lambda c: (c.peak_bytes, c.host_bytes)))

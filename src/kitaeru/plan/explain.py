@@ -69,9 +69,15 @@ def _formula(name: str) -> str:
 
 
 def factor_lines(device: Device | None) -> list[tuple[str, str, str]]:
-    """The shares of the sheet's rates that are taken, with where they are known from; sources are in English."""
+    """The shares of the sheet's rates that are taken, with where each is known from."""
     if device is None:
-        return [(N_("CPU"), f"{rates.CPU_FLOPS_PER_CORE.likely / 1e9:.0f} GFLOP/s", rates.CPU_FLOPS_PER_CORE.source)]
+        return [
+            (
+                tr("a core of the CPU"),
+                f"{rates.CPU_FLOPS_PER_CORE.likely / 1e9:.0f} GFLOP/s",
+                tr(rates.CPU_FLOPS_PER_CORE.source),
+            )
+        ]
     kind = 9 if device.sm >= 9 else 8 if device.sm >= 8 else 7
     named = (
         (tr("matrix products"), rates.GEMM),
@@ -82,4 +88,4 @@ def factor_lines(device: Device | None) -> list[tuple[str, str, str]]:
         (tr("unpacking"), rates.DEQUANTISE),
         (tr("copies over PCIe"), rates.PCIE if device.p2p else rates.PCIE_NO_P2P),
     )
-    return [(name, f"{f.likely:.0%} ({f.low:.0%}–{f.high:.0%})", f.source) for name, f in named]
+    return [(name, f"{f.likely:.0%} ({f.low:.0%}–{f.high:.0%})", tr(f.source)) for name, f in named]

@@ -19,6 +19,8 @@ from kitaeru.shape import ModelShape
 # Variants the engine can run of a strategy that `recipe.checks.STRATEGIES_BUILT` names; the planner shows the others
 # and never chooses them.
 VARIANTS_BUILT: dict[str, tuple[str, ...]] = {"pipeline": ("1f1b",)}
+# Bases with which a built strategy is known to train exactly; a strategy that is not named takes all.
+BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none",)}
 SHARDED = ("fsdp", "zero3")
 ZERO = ("zero1", "zero2", "zero3")
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
@@ -42,8 +44,10 @@ Rule = Callable[[Case], str | None]
 
 def is_built(layout: Layout) -> bool:
     """Whether the engine can run this way today."""
+    if layout.strategy not in STRATEGIES_BUILT or layout.packed_experts:
+        return False
     variants = VARIANTS_BUILT.get(layout.strategy, ("",))
-    return layout.strategy in STRATEGIES_BUILT and layout.variant in variants and not layout.packed_experts
+    return layout.variant in variants and layout.base in BASES_BUILT.get(layout.strategy, (layout.base,))
 
 
 def _cuda_needs_a_gpu(case: Case) -> str | None:

@@ -11,6 +11,7 @@ from kitaeru.plan.decide import fill
 from kitaeru.plan.problem import GB, Problem, free_bytes, needed_bytes
 from kitaeru.plan.stored import weight_bytes
 from kitaeru.plan.types import Candidate, Decision, Layout
+from kitaeru.recipe.checks import STRATEGIES_BUILT
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape, catalogue
 
@@ -60,11 +61,13 @@ def no_layout(problem: Problem, candidates: Sequence[Candidate], price: Pricer) 
 
 def not_built(candidates: Sequence[Candidate]) -> PlanError:
     """The error for a recipe that wants a strategy the engine cannot run."""
-    name = candidates[0].layout.strategy
-    return PlanError(
-        tr("This version of kitaeru cannot train with `strategy: {strategy}` yet.", strategy=name),
-        remedy=tr("Leave `strategy` out."),
-    )
+    layout = candidates[0].layout
+    if layout.strategy in STRATEGIES_BUILT:
+        what = tr("This version of kitaeru cannot train {method} with `strategy: {strategy}` yet.",
+                  method=layout.method, strategy=layout.strategy)  # fmt: skip
+    else:
+        what = tr("This version of kitaeru cannot train with `strategy: {strategy}` yet.", strategy=layout.strategy)
+    return PlanError(what, remedy=tr("Leave `strategy` out."))
 
 
 def _nearest(problem: Problem, price: Pricer) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kitaeru.hardware import Device, Hardware
+from kitaeru.i18n import N_
 from kitaeru.plan.calibrate import DeviceProfile, Profile
 from kitaeru.plan.types import Precision
 
@@ -31,33 +32,33 @@ class Factor:
 
 
 # "H100" is one H100 SXM with torch 2.11, medians at 8192 tokens; "published" are others' measurements on that card.
-GEMM = Factor(0.70, 0.60, 0.80, "H100: 677 to 801 of 989 TFLOP/s; published for RTX A5000: at least 75 %")
-SKINNY = Factor(0.15, 0.10, 0.25, "an adapter's rank of 16 fills a sixteenth of a tile; estimate")
-GROUPED = Factor(0.35, 0.20, 0.60, "experts' grouped GEMM; estimate")
+GEMM = Factor(0.70, 0.60, 0.80, N_("H100: 677 to 801 of 989 TFLOP/s; published for RTX A5000: at least 75 %"))
+SKINNY = Factor(0.15, 0.10, 0.25, N_("an adapter's rank of 16 fills a sixteenth of a tile; estimate"))
+GROUPED = Factor(0.35, 0.20, 0.60, N_("experts' grouped GEMM; estimate"))
 FLASH_FORWARD = {
-    9: Factor(0.31, 0.28, 0.35, "H100, SDPA flash, 2048 tokens: 308 of 989 TFLOP/s"),
-    8: Factor(0.70, 0.55, 0.76, "published for RTX A5000: 81 to 84 of 111 TFLOP/s"),
-    7: Factor(0.30, 0.15, 0.45, "no flash kernel before compute capability 8.0; estimate"),
+    9: Factor(0.31, 0.28, 0.35, N_("H100, SDPA flash, 2048 tokens: 308 of 989 TFLOP/s")),
+    8: Factor(0.70, 0.55, 0.76, N_("published for RTX A5000: 81 to 84 of 111 TFLOP/s")),
+    7: Factor(0.30, 0.15, 0.45, N_("no flash kernel before compute capability 8.0; estimate")),
 }
 FLASH_BACKWARD = {
-    9: Factor(0.21, 0.18, 0.25, "H100, SDPA flash, 2048 tokens: 228 TFLOP/s forward and backward"),
-    8: Factor(0.55, 0.45, 0.69, "published for RTX A5000: 53 to 77 of 111 TFLOP/s"),
-    7: Factor(0.25, 0.12, 0.40, "no flash kernel before compute capability 8.0; estimate"),
+    9: Factor(0.21, 0.18, 0.25, N_("H100, SDPA flash, 2048 tokens: 228 TFLOP/s forward and backward")),
+    8: Factor(0.55, 0.45, 0.69, N_("published for RTX A5000: 53 to 77 of 111 TFLOP/s")),
+    7: Factor(0.25, 0.12, 0.40, N_("no flash kernel before compute capability 8.0; estimate")),
 }
-STREAM = Factor(0.87, 0.80, 0.92, "H100: 3.0 of 3.35 TB/s; published for RTX A5000: 660 of 768 GB/s")
-EAGER = Factor(0.65, 0.50, 0.80, "many small eager kernels; fitted to 5,157 tokens/s of an 8B QLoRA on an H100")
-DEQUANTISE = Factor(0.54, 0.45, 0.65, "H100, bitsandbytes: 14336 x 4096 to bf16 in 0.081 ms")
-PCIE = Factor(0.80, 0.60, 0.85, "published: 25 to 26 of 32 GB/s one way with PCIe 4.0 x16; H100: 55 of 64")
-PCIE_NO_P2P = Factor(0.31, 0.25, 0.40, "published: 8 to 12 of 32 GB/s through the host's memory")
-NVLINK = Factor(0.80, 0.65, 0.90, "published: 101.6 of 112.5 GB/s both ways for a pair of GA102")
+STREAM = Factor(0.87, 0.80, 0.92, N_("H100: 3.0 of 3.35 TB/s; published for RTX A5000: 660 of 768 GB/s"))
+EAGER = Factor(0.65, 0.50, 0.80, N_("many small eager kernels; fitted to 5,157 tokens/s of an 8B QLoRA on an H100"))
+DEQUANTISE = Factor(0.54, 0.45, 0.65, N_("H100, bitsandbytes: 14336 x 4096 to bf16 in 0.081 ms"))
+PCIE = Factor(0.80, 0.60, 0.85, N_("published: 25 to 26 of 32 GB/s one way with PCIe 4.0 x16; H100: 55 of 64"))
+PCIE_NO_P2P = Factor(0.31, 0.25, 0.40, N_("published: 8 to 12 of 32 GB/s through the host's memory"))
+NVLINK = Factor(0.80, 0.65, 0.90, N_("published: 101.6 of 112.5 GB/s both ways for a pair of GA102"))
 # Seconds of the host for one operation of eager PyTorch, and for what surrounds a micro-batch and a step.
 HOST_OPERATION = Factor(
     30e-6, 45e-6, 12e-6, "fitted to 160 ms for a step of two micro-batches of an 8-layer model, H100"
 )
-HOST_MICRO_BATCH = Factor(10e-3, 20e-3, 4e-3, "same measurement")
-HOST_STEP = Factor(40e-3, 70e-3, 15e-3, "same measurement")
-HOST_MEMORY_GB_S = Factor(40.0, 25.0, 120.0, "two channels of DDR4 to eight; not probed")
-CPU_FLOPS_PER_CORE = Factor(30e9, 10e9, 60e9, "AVX2 in fp32 with two threads of memory traffic; estimate")
+HOST_MICRO_BATCH = Factor(10e-3, 20e-3, 4e-3, N_("same measurement"))
+HOST_STEP = Factor(40e-3, 70e-3, 15e-3, N_("same measurement"))
+HOST_MEMORY_GB_S = Factor(40.0, 25.0, 120.0, N_("two channels of DDR4 to eight; not probed"))
+CPU_FLOPS_PER_CORE = Factor(30e9, 10e9, 60e9, N_("AVX2 in fp32 with two threads of memory traffic; estimate"))
 CPU_PEAK_PER_CORE = 160e9
 UNKNOWN_TFLOPS, UNKNOWN_GB_S = 40.0, 400.0
 

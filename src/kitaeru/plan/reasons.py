@@ -103,7 +103,7 @@ def _why_activations(problem: Problem, chosen: Candidate) -> str:
     )
 
 
-def why_chosen(problem: Problem, chosen: Candidate, link: str = "") -> tuple[str, ...]:
+def why_chosen(problem: Problem, chosen: Candidate, link: str = "", faster: Candidate | None = None) -> tuple[str, ...]:
     """What the chosen layout costs, how fast it is and what it trains, and what a person should know about the plan."""
     layout = chosen.layout
     trained = trained_parameters(layout, problem.shape, problem.recipe.lora)
@@ -125,6 +125,15 @@ def why_chosen(problem: Problem, chosen: Candidate, link: str = "") -> tuple[str
         *_speed_sentences(chosen),
         *_sharing_sentences(problem, chosen, link),
     ]
+    if faster is not None and faster.layout.method != layout.method:
+        sentences.append(
+            tr(
+                "{name} would be {times:.1f} times as fast, on a less exact 4-bit base: --set method={method}",
+                name=faster.layout.name,
+                times=_seconds(chosen) / _seconds(faster),
+                method=faster.layout.method,
+            )
+        )
     if not problem.shape.exact:
         sentences.append(
             tr("The family {family} is not known here: it is counted as a Llama.", family=problem.shape.family)
@@ -159,7 +168,7 @@ def _sharing_sentences(problem: Problem, chosen: Candidate, link: str) -> Iterat
     if layout.strategy == "ddp":
         yield tr(
             "ddp: each device holds the {base:.1f} GB base, so nothing crosses {link} but {size:.0f} MB of gradients a "
-            "step: {share:.1%} of the time.",
+            "step: {share:.2%} of the time.",
             base=base,
             link=link,
             size=4 * chosen.trained_parameters / 10**6,

@@ -89,7 +89,7 @@ def test_help_lists_every_verb_with_an_example(capsys: pytest.CaptureFixture[str
     ("words", "line", "remedy"),
     [
         (["trian"], "`kitaeru` has no command `trian`.", "Did you mean `kitaeru train`?"),
-        (["zzz"], "`kitaeru` has no command `zzz`.", "Commands: quickstart, train, report, chat, data, recipe."),
+        (["zzz"], "`kitaeru` has no command `zzz`.", f"Commands: {', '.join(verb.name for verb in verbs.VERBS)}."),
         (["recipe", "shw"], "`kitaeru recipe` has no command `shw`.", "Did you mean `kitaeru recipe show`?"),
         (["recipe", "show"], "`kitaeru recipe show` needs RECIPE.", "See `kitaeru recipe show --help`."),
         (["recipe", "show", "x", "--jsn"], "`kitaeru recipe show` has no option `--jsn`.", "Did you mean `--json`?"),

@@ -9,6 +9,7 @@ from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware, parse_gpus
 from kitaeru.plan.choose import default_seq_len, make_plan
 from kitaeru.plan.types import DataFacts, Plan
+from kitaeru.recipe.checks import STRATEGIES_BUILT
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
 
@@ -129,7 +130,8 @@ def test_memory_limit_is_respected() -> None:
 
 
 def test_other_gpus_are_spoken_of() -> None:
-    assert any("idle" in sentence for sentence in plan().chosen.why)
+    assert any("idle" in sentence for sentence in plan(strategy="single").chosen.why)
+    assert not any("idle" in sentence for sentence in plan(on=parse_gpus("RTX A5000")).chosen.why)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +173,9 @@ def test_a_model_nobody_trains_says_what_is_missing_in_one_breath() -> None:
 def test_refusals() -> None:
     with pytest.raises(PlanError, match="no GPU"):
         plan(on=LAPTOP, limits={"device": "cuda"})
-    with pytest.raises(PlanError, match="fsdp"):
-        plan(strategy="fsdp")
+    for strategy in sorted({"fsdp", "pipeline", "tensor", "zero1", "zero3"} - set(STRATEGIES_BUILT)):
+        with pytest.raises(PlanError, match=strategy):
+            plan(strategy=strategy)
     with pytest.raises(PlanError, match="longest"):
         plan(limits={"micro_batch_tokens": 512}, data={"train": "d.jsonl", "seq_len": 2048})
 

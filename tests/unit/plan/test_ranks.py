@@ -1,0 +1,123 @@
+"""What each device of a layout takes: one device as measured, several shared out as the strategy says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from kitaeru.plan.host import HOST_ITEMS, host_items
+from kitaeru.plan.memory import ITEMS, memory_items
+from kitaeru.plan.ranks import PHASES, gathered_bytes, part_of, phase_peaks, rank_items
+from kitaeru.plan.stored import Setting, weight_bytes
+from kitaeru.plan.types import Layout
+from kitaeru.recipe.types import LoraSection
+from kitaeru.shape import ModelShape, find_shape
+
+LLAMA = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
+SETTING = Setting(LoraSection(r=16))
+DATA_PARALLEL = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+
+
+def layout(strategy: str = "single", devices: int = 1, **values: Any) -> Layout:
+    usual: dict[str, Any] = {"method": "lora", "base": "none", "precision": "bf16", "activations": "recompute"}
+    usual |= {"device": "cuda", "devices": devices, "replicas": devices if strategy in DATA_PARALLEL else 1}
+    return Layout(strategy, **(usual | {"micro_batch_tokens": 2048} | values))
+
+
+def peak(made: Layout, rank: int = 0, micro_batches: int = 8, shape: ModelShape = LLAMA) -> int:
+    return sum(rank_items(made, shape, SETTING, rank, micro_batches).values())
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "qlora"])
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_one_device_is_the_measured_model(method: Any, activations: Any, device: Any) -> None:
+    made = layout(method=method, base="nf4" if method == "qlora" else "none", activations=activations, device=device)
+    assert rank_items(made, LLAMA, SETTING, 0, 8) == memory_items(made, LLAMA, SETTING)
+
+
+def test_replicas_are_whole_and_only_buckets_come_on_top() -> None:
+    more = peak(layout("ddp", 2)) - peak(layout())
+    assert 0 < more <= 5 * (32 << 20)
+
+
+def test_fsdp_divides_the_base_and_leaves_the_adapter() -> None:
+    one, two = (rank_items(made, LLAMA, SETTING, 0, 8) for made in (layout(), layout("fsdp", 2)))
+    assert two["weights"] == -(-one["weights"] // 2)
+    assert two["adapter"] == one["adapter"]
+    assert two["optimizer"] == one["optimizer"]
+    full = rank_items(layout("fsdp", 4, method="full"), LLAMA, SETTING, 0, 8)
+    assert full["weights"] == -(-4 * LLAMA.parameters() // 4)
+    assert gathered_bytes(layout("fsdp", 2, variant="grad"), LLAMA) == pytest.approx(2 * LLAMA.parameters(), rel=0.01)
+
+
+def test_zero_divides_more_with_each_stage() -> None:
+    made = [layout(name, 4, method="full") for name in ("zero1", "zero2", "zero3")]
+    peaks = [peak(each) for each in made]
+    assert peaks[0] > peaks[1] > peaks[2]
+    assert peak(layout("zero3", 4, method="full", variant="offload")) < peaks[2]
+
+
+def test_an_offload_puts_into_ram_what_it_takes_off_the_device() -> None:
+    """DeepSpeed: 12 bytes of optimizer and 4 of gradients for a number, 8 and 4 with 16-bit moments."""
+    for variant, wanted in (("offload", 16), ("offload-bf16", 12)):
+        made = layout("zero3", 2, method="full", variant=variant)
+        items = rank_items(made, LLAMA, SETTING, 0, 8)
+        assert "optimizer" not in items
+        host = host_items(made, LLAMA, SETTING)
+        assert set(host) <= set(HOST_ITEMS)
+        assert host["optimizer"] + host["gradients"] == wanted * LLAMA.parameters()
+
+
+def test_stages_hold_their_layers_and_the_early_ones_more_micro_batches() -> None:
+    made = layout("pipeline", 4, variant="1f1b", cuts=(8, 8, 8, 8), activations="keep")
+    items = [rank_items(made, LLAMA, SETTING, rank, 8) for rank in range(4)]
+    table = 2 * LLAMA.vocab * LLAMA.hidden
+    assert sum(each["weights"] for each in items) == pytest.approx(2 * LLAMA.parameters(), rel=0.001)
+    assert items[0]["weights"] - items[1]["weights"] == table
+    kept = [each["activations"] for each in items]
+    assert kept[0] > kept[1] > kept[2] > kept[3]
+    assert kept[0] / kept[3] == pytest.approx(4, rel=0.02)
+    assert [name for each in items for name in each if name == "head"] == ["head"]
+    assert rank_items(replace(made, variant="gpipe"), LLAMA, SETTING, 1, 8)["activations"] > kept[1]
+
+
+def test_a_layer_split_has_one_micro_batch() -> None:
+    made = layout("model_parallel", 2, cuts=(16, 16), activations="keep")
+    assert part_of(made, LLAMA, 0, 8).sets == 1
+    both = sum(rank_items(made, LLAMA, SETTING, rank, 8)["activations"] for rank in (0, 1))
+    assert both == pytest.approx(memory_items(layout(activations="keep"), LLAMA, SETTING)["activations"], rel=0.01)
+
+
+def test_tensor_ranks_are_narrower_but_see_the_whole_stream() -> None:
+    one, two = (
+        rank_items(made, LLAMA, SETTING, 0, 8)
+        for made in (layout(activations="keep"), layout("tensor", 2, activations="keep"))
+    )
+    assert two["weights"] == pytest.approx(one["weights"] / 2, rel=0.001)
+    assert 0.5 < two["activations"] / one["activations"] < 0.9
+
+
+def test_packed_experts() -> None:
+    mixtral = find_shape("mistralai/Mixtral-8x7B-v0.1")
+    plain, packed = (layout(method="qlora", base="nf4", packed_experts=packed) for packed in (False, True))
+    assert sum(weight_bytes(plain, mixtral)) > 90e9
+    assert sum(weight_bytes(packed, mixtral)) == pytest.approx(24.5e9, rel=0.01)  # 0.516 bytes a weight
+    assert peak(packed, shape=mixtral) < peak(plain, shape=mixtral) / 3
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "zero2", "zero3", "tensor"])
+def test_no_phase_passes_the_step_that_the_plan_is_made_for(strategy: str) -> None:
+    made = layout(strategy, 1 if strategy == "single" else 2)
+    phases = phase_peaks(made, LLAMA, SETTING, 0, 8)
+    assert tuple(phases) == PHASES
+    assert phases["steady_step"] == max(phases.values()) == peak(made)
+    assert 0 < phases["loading"] < phases["evaluation"] < phases["steady_step"]
+    assert phases["first_step"] <= phases["steady_step"]
+
+
+def test_every_item_has_words() -> None:
+    for strategy in (*DATA_PARALLEL, "tensor"):
+        assert set(rank_items(layout(strategy, 2), LLAMA, SETTING, 0, 8)) <= set(ITEMS)
