@@ -1,9 +1,11 @@
-"""Tokens/s and peak memory of `kitaeru train` on one GPU, with models of real shapes and random weights.
+"""Tokens/s and peak memory of `kitaeru train` on one device: models of real shapes with random weights on a GPU, the
+bundled model on a CPU.
 
 Each point is a real run of the command line in a process of its own; what is reported comes from the run's own
 events.jsonl and plan.json: the median tokens/s after the warm-up steps, the measured and the predicted peak.
 
-    python benchmarks/single_gpu.py --out benchmarks/results/single-gpu.csv [--points qlora-8b-24gb …]
+    python benchmarks/train_speed.py --out benchmarks/results/train-h100.csv --data TEXT.jsonl
+    python benchmarks/train_speed.py --out benchmarks/results/train-cpu.csv --points cpu-lora cpu-qlora cpu-int8 cpu-full
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import kitaeru
 from kitaeru import __version__, events
 from kitaeru.model.bundled import bundled_folder
 from kitaeru.plan.types import Plan
@@ -36,14 +39,19 @@ SHAPES = {
     },
 }  # fmt: skip
 
-# name: (shape, method, cap in GB of 2**30 bytes or None, extra --set)
+# name: (shape, method, cap in GiB or None, further settings)
 POINTS: dict[str, tuple[str, str, float | None, tuple[str, ...]]] = {
     "qlora-8b-24gb": ("llama-3-8b", "qlora", 24, ()),
     "lora-8b": ("llama-3-8b", "lora", None, ()),
     "qlora-8b": ("llama-3-8b", "qlora", None, ()),
     "full-3b": ("llama-3.2-3b", "full", None, ()),
     "lora-8b-24gb": ("llama-3-8b", "lora", 24, ()),
+    "cpu-lora": ("bundled", "lora", None, ()),
+    "cpu-qlora": ("bundled", "qlora", None, ()),
+    "cpu-int8": ("bundled", "lora", None, ("model.quantize=int8",)),
+    "cpu-full": ("bundled", "full", None, ()),
 }
+QUICKSTART = Path(kitaeru.__file__).parent / "assets" / "quickstart" / "train.jsonl"
 FIELDS = (
     "point", "device", "kitaeru", "torch", "shape", "method", "cap_gib", "layout", "steps", "tokens_per_step",
     "tokens_per_second", "peak_gib", "predicted_gib", "load_seconds", "date",
@@ -70,14 +78,22 @@ def make_model(shape: str, folder: Path) -> None:
 def measure(point: str, work: Path, data: Path, steps: int) -> dict[str, object]:
     """Run one point and return its row."""
     shape, method, cap, extra = POINTS[point]
-    folder, run = work / shape, work / "runs" / point
-    make_model(shape, folder)
+    on_cpu = shape == "bundled"
+    model, run = shape if on_cpu else str(work / shape), work / "runs" / point
+    if not on_cpu:
+        make_model(shape, work / shape)
     shutil.rmtree(run, ignore_errors=True)
     settings = [
-        "data.seq_len=2048", "data.long=split", f"train.max_steps={steps}", "train.global_batch_tokens=16384",
-        "samples.count=0", "track.tensorboard=false", *([f"limits.memory_gb={cap * 2**30 / 1e9}"] if cap else []), *extra,
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "kitaeru", "train", str(folder), "--data", str(data), "--method", method]
+        "data.seq_len=2048",
+        "data.long=split",
+        f"train.max_steps={steps}",
+        f"train.global_batch_tokens={4096 if on_cpu else 16384}",
+        "samples.count=0",
+        "track.tensorboard=false",
+        *([f"limits.memory_gb={cap * 2**30 / 1e9}"] if cap else []),
+        *extra,
+    ]
+    command = [sys.executable, "-m", "kitaeru", "train", model, "--data", str(data), "--method", method, "--plain"]
     command += ["--output", str(run), *(word for setting in settings for word in ("--set", setting))]
     started = time.time()
     subprocess.run(command, check=True)
@@ -87,7 +103,7 @@ def measure(point: str, work: Path, data: Path, steps: int) -> dict[str, object]
     plan = Plan.load(run / "plan.json")
     return {
         "point": point,
-        "device": torch.cuda.get_device_name(),
+        "device": begun.device,
         "kitaeru": __version__,
         "torch": torch.__version__,
         "shape": shape,
@@ -107,10 +123,10 @@ def measure(point: str, work: Path, data: Path, steps: int) -> dict[str, object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="raw text to train on")
+    parser.add_argument("--data", type=Path, default=QUICKSTART, help="what to train on")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"))
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--points", nargs="*", default=list(POINTS))
+    parser.add_argument("--points", nargs="*", default=[name for name in POINTS if not name.startswith("cpu-")])
     arguments = parser.parse_args()
     rows = []
     for point in arguments.points:
