@@ -5,7 +5,8 @@ Each point is a real run of the command line in a process of its own; what is re
 events.jsonl and plan.json: the median tokens/s after the warm-up steps, the measured and the predicted peak.
 
     python benchmarks/train_speed.py --out benchmarks/results/train-h100.csv --data TEXT.jsonl
-    python benchmarks/train_speed.py --out benchmarks/results/train-cpu.csv --points cpu-lora cpu-qlora cpu-int8 cpu-full
+    python benchmarks/train_speed.py --out benchmarks/results/train-cpu.csv \
+        --points cpu-lora cpu-qlora cpu-int8 cpu-full
 """
 
 from __future__ import annotations
