@@ -123,8 +123,8 @@ class Pricing:
         candidates: list[Candidate] = []
         for method, base in ways(self.problem.recipe):
             for arrangement in self._arrangements():
-                for sizes in self._layouts(arrangement, method, base):
-                    candidates += self._rising(sizes)
+                for row in self._layouts(arrangement, method, base):
+                    candidates += self._sizes(row)
         possible = {f"{c.layout.way}/{c.layout.method}" for c in candidates}
         if not candidates:
             raise not_legal(self.problem, list(dict.fromkeys(self.impossible.values())))
@@ -155,13 +155,17 @@ class Pricing:
             found = [a for a in found if a.strategy == "single"]
         return found
 
-    def _rising(self, sizes: Sequence[Layout]) -> Iterator[Candidate]:
-        """Layouts that differ by the size of their micro-batch alone, up to the first that does not fit, and the last:
-        it may need less than one before it, since without accumulation no gradients wait.
+    def _sizes(self, row: Sequence[Layout]) -> Iterator[Candidate]:
+        """Layouts that differ by the size of their micro-batch alone, as many as may win.
+
+        The largest that fits is the fastest, since fewer micro-batches launch fewer kernels and unpack fewer weights; a
+        pipeline may want more of them. Where nothing fits, all are looked at: the smallest is not always the smallest
+        micro-batch, since without accumulation no gradients wait.
         """
+        staged = row[0].strategy == "pipeline"
         full = False
-        for layout in sizes:
-            if full and layout is not sizes[-1]:
+        for layout in row if staged else reversed(row):
+            if staged and full and layout is not row[-1]:
                 continue
             reason = self._illegal(layout)
             if reason is not None:
@@ -170,6 +174,8 @@ class Pricing:
             candidate = self._candidate(layout)
             full = not candidate.fits
             yield candidate
+            if candidate.fits and not staged:
+                return
 
     def _layouts(self, arrangement: Arrangement, method: MethodKind, base: Base) -> Iterator[list[Layout]]:
         """The layouts of one arrangement and method, in rows that differ by the size of a micro-batch: one for each
