@@ -79,11 +79,12 @@ def _table(found: Survey) -> Table:
 
 
 def best_of_each_way(found: Survey) -> list[Candidate]:
-    """One candidate for each way: the first in rank."""
+    """One candidate for each way, in rank: the first that could run today, else the first."""
     first: dict[str, Candidate] = {}
-    for candidate in found.candidates:
+    for candidate in sorted(found.candidates, key=lambda c: not (c.fits and c.built)):
         first.setdefault(candidate.layout.way, candidate)
-    return list(first.values())
+    kept = {candidate.layout.name for candidate in first.values()}
+    return [candidate for candidate in found.candidates if candidate.layout.name in kept]
 
 
 def _range(candidate: Candidate) -> str:

@@ -20,6 +20,9 @@ from kitaeru.plan.types import Layout
 from kitaeru.recipe.types import LoraSection
 from kitaeru.shape import Linear, ModelShape
 
+# Layers whose activations are on the device when they are offloaded: one at work, one going out, one coming in.
+LAYERS_ON_DEVICE = 3
+
 
 def kept_per_token(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str, int]:
     """Bytes that all layers keep for the backward pass for one token, by part; recomputation left aside.
@@ -167,13 +170,16 @@ def score_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> tuple[in
 def activation_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
     """What is kept when the forward pass of one micro-batch ends: `micro_batch_tokens` in one row.
 
-    With `recompute` only each layer's input is kept; the layer whose backward pass runs is counted as workspace.
+    With `recompute` only each layer's input is kept; the layer whose backward pass runs is counted as workspace. With
+    `offload` a few layers are on the device, at work or on their way, and the rest is in RAM.
     """
     tokens = layout.micro_batch_tokens
     scores, mask = score_bytes(layout, shape, setting)
     edges = _kept_outside_layers(layout, shape, setting.lora) * tokens + mask
     if layout.activations == "recompute":
         return edges + tokens * shape.layers * residual_bytes(layout) * shape.hidden
+    if layout.activations == "offload":
+        return edges + min(shape.layers, LAYERS_ON_DEVICE) * one_layer_bytes(layout, shape, setting)
     always = kept_always(layout, shape, setting.lora) + shape.layers * scores
     return edges + always + tokens * sum(kept_per_token(layout, shape, setting).values())
 
@@ -187,14 +193,21 @@ def _kept_outside_layers(layout: Layout, shape: ModelShape, lora: LoraSection) -
     final = r * h + 8 if shape.norm == "layer" else 4 * h + 4 + (4 * h if trains_all(layout) else 0)
     tables = 2 if shape.family == "gemma3_text" else 1
     rotary = 0 if shape.learned_positions else int(tables * 2 * r * shape.head_dim * shape.rotary_share)
-    frozen = not trains_all(layout) and not saved_whole(shape, lora) and layout.activations == "keep"
+    frozen = not trains_all(layout) and not saved_whole(shape, lora) and layout.activations != "recompute"
     first = (r * h + 8 if shape.norm == "layer" else 4 * h + 4) if frozen else 0
     return 3 * 8 + rotary + final - first
 
 
+def offloaded_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
+    """What a micro-batch's layers keep in RAM; 0 unless they are offloaded."""
+    if layout.activations != "offload":
+        return 0
+    return max(0, shape.layers - LAYERS_ON_DEVICE) * one_layer_bytes(layout, shape, setting)
+
+
 def recomputed_layer_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
     """What one layer keeps, while it is computed a second time; 0 when nothing is recomputed."""
-    return 0 if layout.activations == "keep" else one_layer_bytes(layout, shape, setting)
+    return one_layer_bytes(layout, shape, setting) if layout.activations == "recompute" else 0
 
 
 def one_layer_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:

@@ -30,6 +30,8 @@ __all__ = ["Survey", "default_seq_len", "make_plan", "survey"]
 
 # Layouts within this of the fastest count as equally fast, and the simplest of them is taken.
 TIE = 0.02
+# Items of RAM that make a layout lean on it.
+OFFLOADED = ("optimizer", "activations")
 # How often layers are moved from a device that is too full to one that is not.
 MOVES = 12
 
@@ -187,7 +189,10 @@ class Pricing:
             device = "cuda"
         packed = (False, True) if base == "nf4" and problem.shape.experts else (False,)
         sizes = micro_batch_sizes(problem, arrangement.replicas)
-        for activations in activation_policies(problem.recipe):
+        policies = activation_policies(problem.recipe)
+        if len(policies) > 1 and device == "cuda" and arrangement.ranks_go_through_all:
+            policies = (*policies, "offload")
+        for activations in policies:
             for experts in packed:
                 row = [
                     Layout(
@@ -261,7 +266,7 @@ class Pricing:
 
     def _host_fits(self, layout: Layout, host: dict[str, int]) -> bool:
         """RAM is looked at where a layout leans on it: one device alone takes what any program takes."""
-        leans = layout.device == "cuda" and (layout.strategy == "fsdp" or "optimizer" in host)
+        leans = layout.device == "cuda" and (layout.strategy == "fsdp" or not host.keys().isdisjoint(OFFLOADED))
         return not leans or sum(host.values()) <= self.problem.hardware.host_free_bytes
 
     def _cut(self, layout: Layout, load: Load) -> Layout:
@@ -339,14 +344,16 @@ def _seconds(candidate: Candidate) -> float:
 
 
 def _best_of_each(candidates: Sequence[Candidate], chosen: Candidate | None) -> list[Candidate]:
-    """The best of every way that was open (the smallest where none fits): the fastest of each method and strategy, and
-    of the chosen strategy also the best of what else can be done with activations, and a larger one that does not fit.
+    """The best of every way that was open (the smallest where none fits): the fastest of each method and strategy, one
+    that is built and one that is not; of the chosen strategy also the best of what else can be done with activations,
+    and a larger one that does not fit.
     """
     groups: dict[tuple[str, ...], list[Candidate]] = {}
     own = chosen.layout.way if chosen else "single"
     for candidate in candidates:
         layout = candidate.layout
-        key = (layout.method, str(layout.packed_experts), layout.way, layout.activations if layout.way == own else "")
+        own_policy = layout.activations if layout.way == own else ""
+        key = (layout.method, str(layout.packed_experts), layout.way, own_policy, str(candidate.built))
         groups.setdefault(key, []).append(candidate)
     found: list[Candidate] = [] if chosen is None else [chosen]
     for group in groups.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kitaeru.i18n import N_
+from kitaeru.plan.activations import offloaded_bytes
 from kitaeru.plan.memory import GPU_PROCESS_HOST_BYTES, host_bytes
 from kitaeru.plan.stored import Setting, trained_parameters, weight_bytes
 from kitaeru.plan.types import Layout
@@ -20,6 +21,7 @@ HOST_ITEMS: dict[str, str] = {
     "optimizer": N_("the optimizer's state"),
     "gradients": N_("gradients on their way to the optimizer"),
     "weights": N_("weights that come to the devices layer by layer"),
+    "activations": N_("activations of all devices, until their backward pass"),
     "pinned": N_("pinned buffers of the copies"),
 }
 
@@ -40,6 +42,8 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
     if layout.strategy == "fsdp":  # each process has the whole model in RAM before it cuts its pieces out
         loading += layout.devices * sum(weight_bytes(layout, shape))
     items = {"processes": processes * GPU_PROCESS_HOST_BYTES, "loading": loading}
+    if layout.activations == "offload":
+        items["activations"] = layout.devices * offloaded_bytes(layout, shape, setting)
     if layout.variant in MOMENT_BYTES:
         trained = trained_parameters(layout, shape, setting.lora)
         items["optimizer"] = (MASTER_BYTES + MOMENT_BYTES[layout.variant]) * trained

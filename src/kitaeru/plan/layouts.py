@@ -44,7 +44,7 @@ Rule = Callable[[Case], str | None]
 
 def is_built(layout: Layout) -> bool:
     """Whether the engine can run this way today."""
-    if layout.strategy not in STRATEGIES_BUILT or layout.packed_experts:
+    if layout.strategy not in STRATEGIES_BUILT or layout.packed_experts or layout.activations == "offload":
         return False
     variants = VARIANTS_BUILT.get(layout.strategy, ("",))
     return layout.variant in variants and layout.base in BASES_BUILT.get(layout.strategy, (layout.base,))
@@ -200,6 +200,17 @@ def _adapters_need_no_offload(case: Case) -> str | None:
     return tr("An adapter's optimizer is too small for offloading it to give room.")
 
 
+def _activations_go_somewhere(case: Case) -> str | None:
+    layout = case.layout
+    if layout.activations != "offload":
+        return None
+    if layout.device == "cpu":
+        return tr("On a CPU activations are in RAM already.")
+    if layout.strategy in ("pipeline", "model_parallel", "tensor"):
+        return tr("Activations are offloaded only where a device goes through all layers.")
+    return None
+
+
 def _zero_needs_a_gpu(case: Case) -> str | None:
     if case.layout.strategy not in ZERO or case.layout.device == "cuda":
         return None
@@ -226,6 +237,7 @@ RULES: tuple[Rule, ...] = (
     _optimizer_sees_whole_weights,
     _offloaded_optimizer_is_adamw,
     _adapters_need_no_offload,
+    _activations_go_somewhere,
     _zero_needs_a_gpu,
 )
 
@@ -247,6 +259,11 @@ class Arrangement:
     devices: int = 1
     replicas: int = 1
     chunks: int = 1
+
+    @property
+    def ranks_go_through_all(self) -> bool:
+        """Whether a device goes through all layers of what it computes."""
+        return self.strategy not in ("pipeline", "model_parallel", "tensor")
 
 
 _OFFLOADS = {"zero1": ("",), "zero2": ("", "offload"), "zero3": ("", "offload", "offload-bf16", "offload-all")}

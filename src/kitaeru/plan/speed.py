@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import N_
+from kitaeru.plan.activations import offloaded_bytes
 from kitaeru.plan.calibrate import Profile
 from kitaeru.plan.layouts import SHARDED, ZERO
 from kitaeru.plan.pipeline import balanced_cuts, orders, simulate
@@ -213,8 +214,9 @@ def _layer_waits(
     if layout.strategy == "tensor":
         once = _all_reduce(layout, at, compute_bytes(layout) * layout.micro_batch_tokens * shape.hidden)
         return {"communication": shape.layers * once * (6 if layout.activations == "recompute" else 4)}
+    found = _activation_waits(layout, shape, load, rates, forward, backward)
     if layout.strategy not in ("fsdp", *ZERO):
-        return {}
+        return found
     weights, tables = layer_weight_bytes(layout, shape)
     trained = trained_parameters(layout, shape, load.setting.lora)
     share = (layout.devices - 1) / layout.devices
@@ -231,11 +233,24 @@ def _layer_waits(
         waits += fetched + share * tables / at.link.bytes_s
     elif layout.strategy == "zero2":
         waits += shape.layers * max(0.0, reduce - backward)
-    found = {"communication": waits}
+    found["communication"] = waits
     if layout.variant.startswith("offload"):  # each device's piece of the gradients goes to RAM after each micro-batch
         down = 2 * trained / layout.devices / rates.host_copy
-        found["offload"] = max(0.1 * down, down - 0.5 * shape.layers * backward)
+        found["offload"] = found.get("offload", 0.0) + max(0.1 * down, down - 0.5 * shape.layers * backward)
     return found
+
+
+def _activation_waits(
+    layout: Layout, shape: ModelShape, load: Load, rates: Rates, forward: float, backward: float
+) -> dict[str, float]:
+    """What a micro-batch waits for its activations to go to RAM and to come back, a layer at a time behind its
+    computation; all devices copy at once and share the host's memory.
+    """
+    if layout.activations != "offload":
+        return {}
+    copied = min(rates.host_copy, rates.host_memory / layout.devices)
+    once = offloaded_bytes(layout, shape, load.setting) / shape.layers / copied
+    return {"offload": shape.layers * (max(0.0, once - forward) + max(0.0, once - backward))}
 
 
 def _end_of_step(

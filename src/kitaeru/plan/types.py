@@ -12,7 +12,7 @@ from kitaeru.files import write_json
 from kitaeru.i18n import tr
 from kitaeru.recipe.types import Recipe
 
-Activations = Literal["keep", "recompute"]
+Activations = Literal["keep", "recompute", "offload"]
 Base = Literal["none", "nf4", "int8"]
 Precision = Literal["bf16", "fp16", "fp32"]
 MethodKind = Literal["full", "lora", "qlora", "pretrain"]

@@ -58,6 +58,8 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     (FULL | {"strategy": "zero3", "variant": "offload", "devices": 2}, {"train": {"optimizer": "lion"}}, A5000,
      "is AdamW", {}),
     ({"strategy": "zero3", "variant": "offload", "devices": 2}, {}, A5000, "too small", {}),
+    ({"strategy": "tensor", "devices": 2, "activations": "offload"}, {}, A5000, "all layers", {}),
+    ({"device": "cpu", "activations": "offload", "precision": "fp32"}, {}, None, "already", {}),
     ({"strategy": "zero1", "devices": 2, "device": "cpu"}, {}, None, "needs GPUs", {}),
 ]  # fmt: skip
 
