@@ -144,6 +144,13 @@ def _hopeless(problem: Problem) -> str:
             times=size / max(together, 1),
             count=count,
         )
+    elif count > 1:
+        sentence = tr(
+            "Its weights alone take {size:.1f} GB in 4 bits; with what training needs beside them, no way to share them "
+            "between {count} devices that is built fits.",
+            size=size / GB,
+            count=count,
+        )
     else:
         sentence = tr(
             "Its weights alone take {size:.1f} GB in 4 bits, {times:.1f} times what is free.",
