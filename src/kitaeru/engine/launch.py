@@ -41,7 +41,8 @@ def launch(
         TrainingError: a process died; names it, its last step and the likely cause.
         KitaeruError: the error that a process raised.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for noisy in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["kitaeru.engine.rank", "kitaeru.report.live"])
     for old in (folder / "logs").glob("rank-*.json"):
         old.unlink()

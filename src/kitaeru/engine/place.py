@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from kitaeru.errors import UsageError
@@ -124,4 +125,5 @@ def meet(place: Place) -> Any:
             where=f"{place.address}:{place.port}",
             remedy=tr("Check that all were started, and that this address and port can be reached from every host."),
         ) from error
-    return store
+    # One store may serve several attempts: what an earlier one has left in it must not be taken for an answer.
+    return PrefixStore(f"kitaeru/{place.restarts}", store)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
+import signal
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,11 @@ from kitaeru.events import Listener
 from kitaeru.files import write_json
 from kitaeru.i18n import tr
 from kitaeru.parallel.pulse import Lost
-from kitaeru.parallel.world import join, leave
+from kitaeru.parallel.world import join, leave, lost_contact
 
 LOST_EXIT = 75
 # One rank's death is an error on all: the first to notice waits, so that the one that died is found first.
 VICTIM_SECONDS = 3.0
-_CONNECTION = re.compile(r"gloo|NCCL|ncclSystem|connection (closed|reset|refused)|broken pipe|store", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def work(run: Run, place: Place, store: Any, listeners: Sequence[Listener], phas
         note(state=state, **_told(error))
         raise
     except BaseException as error:
-        victim = isinstance(error, RuntimeError) and _CONNECTION.search(str(error)) is not None
+        victim = lost_contact(error)
         note(state="victim" if victim else "failed", what=f"{type(error).__name__}: {error}")
         if victim:
             time.sleep(VICTIM_SECONDS)
@@ -139,6 +139,9 @@ def _leave_lost(note: Any, lost: Lost) -> None:
     """Another rank is lost: say which, and end at once; a collective that waits for it never comes back."""
     what = lost_text(lost.rank, lost.host, lost.step, lost.why)
     note(state="lost", what=what, step=lost.step, kind="TrainingError", remedy=lost_remedy())
+    if lost.host == socket.gethostname():
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(lost.process, signal.SIGKILL)  # one that is stopped would keep whoever waits for it
     os._exit(LOST_EXIT)
 
 

@@ -37,7 +37,7 @@ from kitaeru.model.generate import Sampling, answer
 from kitaeru.model.load import config_dict, load_config
 from kitaeru.model.quiet import quiet_libraries
 from kitaeru.model.tokenizer import load_tokenizer
-from kitaeru.parallel.world import World
+from kitaeru.parallel.world import World, lost_contact
 from kitaeru.plan.choose import default_seq_len, make_plan
 from kitaeru.plan.types import Plan
 from kitaeru.recipe.read import read, to_yaml
@@ -252,7 +252,7 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None, w
     except Interrupted:
         raise
     except BaseException as error:
-        reason = str(error) if isinstance(error, KitaeruError) else f"{type(error).__name__}: {error}"
+        reason = _reason(error)
         step = 0 if loop is None else loop.progress.step
         with suppress(TrainingError):  # the log itself may be what failed
             emit(Notice(level="error", text=reason, step=step))
@@ -262,6 +262,12 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None, w
         with suppress(OSError):  # what could not be written has been told
             if log is not None:
                 log.close()
+
+
+def _reason(error: BaseException) -> str:
+    if lost_contact(error):
+        return tr("The connection to another process broke: it has most likely died.")
+    return str(error) if isinstance(error, KitaeruError) else f"{type(error).__name__}: {error}"
 
 
 def _ready(run: Run, emit: Listener, phase: Phase | None, world: World) -> tuple[Trainee, Loop]:

@@ -25,10 +25,11 @@ STUCK_TIMES, STUCK_SECONDS, FIRST_SECONDS, COLLECTIVE_SECONDS = 10.0, 15.0, 900.
 
 @dataclass(frozen=True)
 class Lost:
-    """A rank that is not coming any more."""
+    """A rank that is not coming any more; `process` is its number on its host."""
 
     rank: int
     host: str
+    process: int
     step: int
     why: str
 
@@ -42,17 +43,17 @@ class _Seen:
 
 
 class Pulse:
-    """This rank's beats and its eyes on the others. `on_loss` is called once, from the watching thread.
+    """This rank's beats and its eyes on the others: host and process of each, by rank. `on_loss` is called once, from the watching thread.
 
     `working(step)` is said before each micro-batch, `waiting()` before ranks wait for each other, `free()` before
     anything else that may take long (loading, saving, answering), in which no rank is called stuck.
     """
 
-    def __init__(self, store: Any, rank: int, hosts: list[str], on_loss: Callable[[Lost], None]) -> None:
-        self._store, self._rank, self._hosts, self._on_loss = store, rank, hosts, on_loss
+    def __init__(self, store: Any, rank: int, peers: list[tuple[str, int]], on_loss: Callable[[Lost], None]) -> None:
+        self._store, self._rank, self._peers, self._on_loss = store, rank, peers, on_loss
         self._beat, self._moves, self._state, self._step = 0, 0, "free", 0
         self._longest, self._began = 0.0, 0.0
-        self._seen = [_Seen() for _ in hosts]
+        self._seen = [_Seen() for _ in peers]
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._say()
@@ -94,7 +95,7 @@ class Pulse:
             self._store.set(f"pulse/{self._rank}", " ".join(str(word) for word in words))
 
     def _live(self) -> None:
-        keys = [f"pulse/{rank}" for rank in range(len(self._hosts))]
+        keys = [f"pulse/{rank}" for rank in range(len(self._peers))]
         while not self._stop.wait(BEAT_SECONDS):
             try:
                 self._say()
@@ -103,7 +104,7 @@ class Pulse:
                 if self._stop.is_set():
                     return
                 why = tr("the connection to it broke ({error})", error=str(error).splitlines()[0])
-                lost = Lost(0, self._hosts[0], self._step, why)
+                lost = Lost(0, *self._peers[0], self._step, why)
             if lost is not None and not self._stop.is_set():
                 self._on_loss(lost)
                 return
@@ -120,10 +121,10 @@ class Pulse:
         for rank, (_, _, state, step, longest) in enumerate(said):
             why = self._trouble(rank, state, float(longest), now)
             if why:
-                return Lost(rank, self._hosts[rank], int(step), why)
+                return Lost(rank, *self._peers[rank], int(step), why)
         if set(states) == {"waiting"} and all(now - seen.moved > COLLECTIVE_SECONDS for seen in self._seen):
             why = tr("all ranks wait for each other; the connection between them does not work")
-            return Lost(self._rank, self._hosts[self._rank], self._step, why)
+            return Lost(self._rank, *self._peers[self._rank], self._step, why)
         return None
 
     def _trouble(self, rank: int, state: str, longest: float, now: float) -> str:

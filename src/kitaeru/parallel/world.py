@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -103,13 +105,22 @@ def join(
         torch.cuda.set_device(local_rank % count)
         if local_size <= count:
             backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     world = World(rank, size, local_rank)
-    if on_loss is None or size == 1:
-        return world
-    hosts: list[str] = [""] * size
-    dist.all_gather_object(hosts, world.host)
-    return replace(world, pulse=Pulse(store.clone(), rank, hosts, on_loss))
+    if on_loss is not None and size > 1:  # before the first collective, which may already wait for a dead rank
+        store.set(f"process/{rank}", f"{world.host} {os.getpid()}")
+        processes = [store.get(f"process/{other}").decode().split() for other in range(size)]
+        peers = [(host, int(number)) for host, number in processes]
+        world = replace(world, pulse=Pulse(store.clone(), rank, peers, on_loss))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    return world
+
+
+_CONNECTION = re.compile(r"gloo|NCCL|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error only says that another rank has gone."""
+    return isinstance(error, RuntimeError) and _CONNECTION.search(str(error)) is not None
 
 
 def leave(world: World) -> None:
