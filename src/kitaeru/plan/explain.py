@@ -71,13 +71,8 @@ def _formula(name: str) -> str:
 def factor_lines(device: Device | None) -> list[tuple[str, str, str]]:
     """The shares of the sheet's rates that are taken, with where each is known from."""
     if device is None:
-        return [
-            (
-                tr("a core of the CPU"),
-                f"{rates.CPU_FLOPS_PER_CORE.likely / 1e9:.0f} GFLOP/s",
-                tr(rates.CPU_FLOPS_PER_CORE.source),
-            )
-        ]
+        core = rates.CPU_FLOPS_PER_CORE.items()
+        return [(tr("a core of the CPU"), f"{f.likely / 1e9:.0f} GFLOP/s {name}", tr(f.source)) for name, f in core]
     kind = 9 if device.sm >= 9 else 8 if device.sm >= 8 else 7
     named = (
         (tr("matrix products"), rates.GEMM),

@@ -146,8 +146,8 @@ def _hopeless(problem: Problem) -> str:
         )
     elif count > 1:
         sentence = tr(
-            "Its weights alone take {size:.1f} GB in 4 bits; with what training needs beside them, no way to share them "
-            "between {count} devices that is built fits.",
+            "Its weights alone take {size:.1f} GB in 4 bits; no way to share them between {count} devices that is "
+            "built fits with what training needs beside them.",
             size=size / GB,
             count=count,
         )

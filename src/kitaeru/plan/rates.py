@@ -58,8 +58,11 @@ HOST_OPERATION = Factor(
 HOST_MICRO_BATCH = Factor(10e-3, 20e-3, 4e-3, N_("same measurement"))
 HOST_STEP = Factor(40e-3, 70e-3, 15e-3, N_("same measurement"))
 HOST_MEMORY_GB_S = Factor(40.0, 25.0, 120.0, N_("two channels of DDR4 to eight; not probed"))
-CPU_FLOPS_PER_CORE = Factor(30e9, 10e9, 60e9, N_("AVX2 in fp32 with two threads of memory traffic; estimate"))
-CPU_PEAK_PER_CORE = 160e9
+CPU_FLOPS_PER_CORE = {
+    "fp32": Factor(60e9, 15e9, 130e9, N_("one core with AVX2 or AVX-512 in fp32; estimate")),
+    "bf16": Factor(140e9, 20e9, 350e9, N_("EPYC, 2 cores, AVX-512: 3,000 tokens/s of the bundled model trained whole")),
+}
+CPU_PEAK_PER_CORE = 500e9
 UNKNOWN_TFLOPS, UNKNOWN_GB_S = 40.0, 400.0
 
 
@@ -153,17 +156,18 @@ def _measured(rates: Rates, profile: DeviceProfile, precision: Precision, case: 
     return replace(rates, **changed, measured=True)
 
 
-def cpu_rates(hardware: Hardware, case: str = "likely", processes: int = 1) -> Rates:
+def cpu_rates(hardware: Hardware, precision: Precision, case: str = "likely", processes: int = 1) -> Rates:
     """The rates of a CPU, shared by several processes."""
     cores = max(1.0, hardware.cpu_cores / processes)
-    flops, memory = cores * CPU_FLOPS_PER_CORE.at(case), HOST_MEMORY_GB_S.at(case) * GIGA / processes / 2
+    flops = cores * CPU_FLOPS_PER_CORE["bf16" if precision == "bf16" else "fp32"].at(case)
+    memory = HOST_MEMORY_GB_S.at(case) * GIGA / processes / 2
     return Rates(
         peak_flops=cores * CPU_PEAK_PER_CORE,
         gemm=flops,
         skinny=flops / 2,
         grouped=flops / 2,
-        attention_forward=flops / 2,
-        attention_backward=flops / 2,
+        attention_forward=flops,
+        attention_backward=flops,
         stream=memory,
         eager=memory,
         dequantise=memory / 10,

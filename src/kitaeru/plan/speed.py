@@ -66,7 +66,7 @@ def pace(
 ) -> Pace:
     """The rates of the devices a layout uses, in one case (`likely`, `low`, `high`)."""
     if layout.device == "cpu":
-        rates = (cpu_rates(hardware, case, layout.devices),) * layout.devices
+        rates = (cpu_rates(hardware, layout.precision, case, layout.devices),) * layout.devices
     else:
         kinds = {device: device_rates(device, layout.precision, case, profile) for device in dict.fromkeys(devices)}
         rates = tuple(kinds[devices[rank % len(devices)]] for rank in range(layout.devices))

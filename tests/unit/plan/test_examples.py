@@ -8,7 +8,8 @@ import importlib
 import pytest
 
 MODULES = ("hardware", "shape", "machine.probe", "plan.stored", "plan.activations", "plan.memory", "plan.decide",
-           "plan.problem", "plan.ranks", "plan.host", "plan.rates", "plan.work", "plan.pipeline")  # fmt: skip
+           "plan.problem", "plan.ranks", "plan.host", "plan.rates", "plan.work", "plan.pipeline",
+           "plan.what_if")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)
