@@ -28,10 +28,16 @@ FORMULAS: dict[str, str] = {
     "processes": N_("3 GB a process"),
     "loading": N_("one file of weights, at most 5 GB; FSDP: the whole model for each process"),
     "pinned": N_("1 GB a device"),
+}
+
+# Of the seconds of a step; names are those of `speed.PARTS`.
+SPEED_FORMULAS: dict[str, str] = {
     "matrix_products": N_("2 FLOP x weights x tokens x passes / the rate below"),
     "attention": N_("4 FLOP x width x tokens seen forward, 10 backward / the rates below"),
     "small_kernels": N_("bytes that norms, activations, casts and sums read and write / the rates below"),
     "unpacking": N_("2.5 bytes x 4-bit weights x passes / the rate below"),
+    "optimizer": N_("40 bytes x trained parameters moved (AdamW) / the rate of one large kernel"),
+    "communication": N_("bytes between devices / the rate of the link, as far as computing does not hide it"),
     "host": N_("operations x seconds an operation, as far as computing does not hide it; and a time for each step"),
     "bubble": N_("simulated pass by pass"),
     "offload": N_("gradients down, 28 bytes x trained parameters in the host's memory, weights up"),
@@ -61,7 +67,7 @@ def host_lines(candidate: Candidate) -> list[Line]:
 def speed_lines(candidate: Candidate) -> list[Line]:
     """The seconds of a step."""
     parts = candidate.speed.parts if candidate.speed else {}
-    return [Line(name, seconds, tr(PARTS[name]), _formula(name)) for name, seconds in parts.items()]
+    return [Line(name, seconds, tr(PARTS[name]), tr(SPEED_FORMULAS[name])) for name, seconds in parts.items()]
 
 
 def _formula(name: str) -> str:

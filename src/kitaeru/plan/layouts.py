@@ -18,7 +18,7 @@ from kitaeru.shape import ModelShape
 
 # Variants the engine can run of a strategy that `recipe.checks.STRATEGIES_BUILT` names; the planner shows the others
 # and never chooses them.
-VARIANTS_BUILT: dict[str, tuple[str, ...]] = {"pipeline": ("1f1b",)}
+VARIANTS_BUILT: dict[str, tuple[str, ...]] = {"pipeline": ("1f1b",), "fsdp": ("", "grad")}
 # Bases with which a built strategy is known to train exactly; a strategy that is not named takes all.
 BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none",)}
 SHARDED = ("fsdp", "zero3")
@@ -178,14 +178,23 @@ def _interleaving_goes_in_rounds(case: Case) -> str | None:
 
 def _optimizer_sees_whole_weights(case: Case) -> str | None:
     optimizer, strategy = case.recipe.train.optimizer, case.layout.strategy
-    whole = ("adafactor",) if strategy == "fsdp" else ("adafactor", *BITSANDBYTES_OPTIMIZERS)
-    if strategy not in ("fsdp", *ZERO) or optimizer not in whole:
+    if strategy == "fsdp" and case.layout.method in ("lora", "qlora"):  # every device has the whole adapter
+        return None
+    # Blocks of 8-bit moments would be cut elsewhere on another number of devices.
+    if strategy not in ("fsdp", *ZERO) or optimizer not in ("adafactor", *BITSANDBYTES_OPTIMIZERS):
         return None
     return tr(
         "{optimizer} needs whole weights; {strategy} gives each device a piece.",
         optimizer=optimizer,
         strategy=case.layout.strategy,
     )
+
+
+def _pieces_have_no_loss_scale(case: Case) -> str | None:
+    layout = case.layout
+    if layout.strategy != "fsdp" or layout.precision != "fp16" or layout.method in ("lora", "qlora"):
+        return None
+    return tr("fp16 scales the loss by what overflows, and with fsdp each device sees only its piece.")
 
 
 def _offloaded_optimizer_is_adamw(case: Case) -> str | None:
@@ -235,6 +244,7 @@ RULES: tuple[Rule, ...] = (
     _trained_tables_are_on_one_device,
     _interleaving_goes_in_rounds,
     _optimizer_sees_whole_weights,
+    _pieces_have_no_loss_scale,
     _offloaded_optimizer_is_adamw,
     _adapters_need_no_offload,
     _activations_go_somewhere,

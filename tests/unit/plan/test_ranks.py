@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from kitaeru.plan.explain import FORMULAS, SPEED_FORMULAS
 from kitaeru.plan.host import HOST_ITEMS, host_items
 from kitaeru.plan.memory import ITEMS, memory_items
 from kitaeru.plan.ranks import PHASES, gathered_bytes, part_of, phase_peaks, rank_items
+from kitaeru.plan.speed import PARTS
 from kitaeru.plan.stored import Setting, weight_bytes
 from kitaeru.plan.types import Layout
 from kitaeru.recipe.types import LoraSection
@@ -121,3 +123,8 @@ def test_no_phase_passes_the_step_that_the_plan_is_made_for(strategy: str) -> No
 def test_every_item_has_words() -> None:
     for strategy in (*DATA_PARALLEL, "tensor"):
         assert set(rank_items(layout(strategy, 2), LLAMA, SETTING, 0, 8)) <= set(ITEMS)
+
+
+def test_every_number_that_is_explained_has_a_formula() -> None:
+    assert set(SPEED_FORMULAS) == set(PARTS)
+    assert (set(ITEMS) | set(HOST_ITEMS)) - set(FORMULAS) == set()
