@@ -92,6 +92,7 @@ class Training:
         activations: str = "keep",
         micro_batch_tokens: int = 128,
         strategy: str = "single",
+        variant: str = "",
         world: World | None = None,
         recipe: Recipe | None = None,
         **changes: Any,
@@ -107,6 +108,7 @@ class Training:
             micro_batch_tokens,
             "cpu",
             world.size if world else 1,
+            variant,
         )
         self.plan = Plan(self.recipe, Candidate(layout, {}, 0, True))
         self.tokenizer = load_tokenizer(self.recipe.model)

@@ -61,17 +61,26 @@ def _work(folder: Path, rank: int, ranks: int, function: Callable[..., Any], arg
 
 
 def train(
-    world: Any, *, folder: Path, model: Path, data: Path, resume: bool = False, write: bool = False, **options: Any
+    world: Any,
+    *,
+    folder: Path,
+    model: Path,
+    data: Path,
+    resume: bool = False,
+    write: bool = False,
+    stop_at: int = 0,
+    **options: Any,
 ) -> dict[str, Any]:
     """A run of the real engine; what can be compared of it."""
     import training
-
     from kitaeru.engine import checkpoint
     from kitaeru.engine.build import hash_frozen
     from kitaeru.engine.result import write_result
     from kitaeru.events import Evaluated
 
     run = training.Training(folder, model, data, world=world, **options)
+    if stop_at:
+        run.loop.total = stop_at
     if resume:
         found = checkpoint.available(folder / "checkpoints")
         run.loop.restore(found[-1])
@@ -89,5 +98,44 @@ def train(
         "frozen": hash_frozen(trainee.model) == trainee.frozen_hash,
         "notices": [notice.text for notice in run.notices],
         "result": str(write_result(trainee, folder)) if write else "",
-        "logits": None,
     }
+
+
+def best(world: Any, *, folder: Path, model: Path, data: Path, step: int, **options: Any) -> dict[str, float]:
+    """The validation loss of `step` when it was reached, and after the run with its weights put back."""
+    import training
+    from kitaeru.events import Evaluated
+
+    run = training.Training(folder, model, data, world=world, **options)
+    run.run()
+    assert run.loop.valid is not None
+    run.loop.progress.best_step = step
+    assert run.loop.take_best() == step
+    [then] = [event.loss for event in run.events if isinstance(event, Evaluated) and event.step == step]
+    return {"then": then, "again": run.loop.evaluate(run.loop.valid)[0]}
+
+
+def uneven(world: Any, *, bucket_bytes: int) -> dict[str, Any]:
+    """Sums through a Reducer: parameter 0 has gradients everywhere, 1 on rank 1 only, 2 nowhere; rank 2 has none."""
+    import torch
+    from torch import nn
+
+    from kitaeru.parallel.reducer import Reducer
+
+    parameters = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(4))]
+    reducer = Reducer(parameters, bucket_bytes)
+    answers = []
+    for step in range(2):
+        for parameter in parameters:
+            parameter.grad = None
+        if world.rank != 2:
+            for last in (False, True):
+                loss = parameters[0].sum() * (world.rank + 1 + step)
+                if world.rank == 1:
+                    loss = loss + 3 * parameters[1].sum()
+                if last:
+                    reducer.start()
+                loss.backward()
+        reducer.finish()
+        answers.append([None if p.grad is None else p.grad.clone() for p in parameters])
+    return {"grads": answers}

@@ -28,7 +28,7 @@ def deal(tokens: Sequence[int], ranks: int) -> list[list[int | None]]:
     """The longest micro-batch first, each to the rank with the fewest tokens so far: at most 4/3 of the best (Graham).
 
     >>> deal([5, 3, 2, 6], 2)
-    [[1, 3], [0, 2]]
+    [[2, 3], [0, 1]]
     """
     loads = [(0, rank) for rank in range(ranks)]
     hands: list[list[int]] = [[] for _ in range(ranks)]

@@ -56,8 +56,9 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     for parameter in whole if device is not None else ():
         parameter.data = parameter.data.to(device)
     for module in (*_blocks(unit.model), unit):
-        # The root's too: a weight that stayed whole after an evaluation would not see a restored checkpoint.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        # "grad" keeps the layers whole between a forward pass and its backward pass.
+        kept = layout.variant == "grad" and module is not unit
+        fully_shard(module, mesh=mesh, reshard_after_forward=not kept, ignored_params=whole)
     for module in unit.modules():
         if isinstance(module, FSDPModule):
             # A plain sum: the loss is divided by the tokens of all ranks already. Gloo knows nothing else anyway.
@@ -133,6 +134,9 @@ def scatter(held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
     whole = held.state.sharded.get(name)
     if whole is None or tensor.shape != whole.shape:
         return tensor
+    for module in held.unit.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # layers that an evaluation left whole would not see what is restored
     most = -(-len(tensor) // held.world.size)
     return tensor[most * held.world.rank : most * (held.world.rank + 1)].clone()
 

@@ -43,10 +43,11 @@ class _Seen:
 
 
 class Pulse:
-    """This rank's beats and its eyes on the others: host and process of each, by rank. `on_loss` is called once, from the watching thread.
+    """This rank's beats and its eyes on the others (`peers`: host and process of each, by rank).
 
-    `working(step)` is said before each micro-batch, `waiting()` before ranks wait for each other, `free()` before
-    anything else that may take long (loading, saving, answering), in which no rank is called stuck.
+    `on_loss` is called once, from the watching thread. `working(step)` is said before each micro-batch, `waiting()`
+    before ranks wait for each other, `free()` before anything else that may take long (loading, saving, answering), in
+    which no rank is called stuck.
     """
 
     def __init__(self, store: Any, rank: int, peers: list[tuple[str, int]], on_loss: Callable[[Lost], None]) -> None:

@@ -186,8 +186,19 @@ def strategy_is_built(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
         )
 
 
+def fsdp_needs_whole_bits(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
+    """FSDP's copies may change the bit patterns of packed weights, without an error (bitsandbytes 1945)."""
+    if recipe.strategy == "fsdp" and (recipe.method == "qlora" or recipe.model.quantize in _BITS):
+        yield Clash(
+            ("strategy", "model.quantize", "method"),
+            tr("`strategy: fsdp` is not proved yet to carry weights packed in 4 or 8 bits unchanged"),
+            tr("Write `strategy: ddp`, or `method: lora` without `quantize`."),
+        )
+
+
 RULES: tuple[Rule, ...] = (
     strategy_is_built,
+    fsdp_needs_whole_bits,
     qlora_needs_nf4,
     whole_weights_are_not_quantised,
     adapter_needs_adapter_method,

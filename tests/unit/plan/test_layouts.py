@@ -54,6 +54,8 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     (FULL | {"strategy": "pipeline", "devices": 2}, {}, A5000, "one table", {"shape": replace(LLAMA, tied=True)}),
     ({"strategy": "pipeline", "variant": "interleaved", "devices": 2}, {}, A5000, "rounds", {"micro_batches": 5}),
     (FULL | {"strategy": "fsdp", "devices": 2}, {"train": {"optimizer": "adafactor"}}, A5000, "piece", {}),
+    (FULL | {"strategy": "fsdp", "devices": 2}, {"train": {"optimizer": "adamw_8bit"}}, A5000, "piece", {}),
+    (FULL | {"strategy": "fsdp", "devices": 2, "precision": "fp16"}, {}, A5000, "scales the loss", {}),
     (FULL | {"strategy": "zero2", "devices": 2}, {"train": {"optimizer": "adamw_8bit"}}, A5000, "piece", {}),
     (FULL | {"strategy": "zero3", "variant": "offload", "devices": 2}, {"train": {"optimizer": "lion"}}, A5000,
      "is AdamW", {}),

@@ -13,7 +13,8 @@ BASE = ["model=bundled", "data.train=a.jsonl"]
 
 # rule, the clashing values, and a change after which the recipe is right
 CASES = [
-    ("strategy_is_built", ["strategy=fsdp"], "strategy=single"),
+    ("strategy_is_built", ["strategy=tensor"], "strategy=single"),
+    ("fsdp_needs_whole_bits", ["strategy=fsdp", "method=qlora"], "method=lora"),
     ("qlora_needs_nf4", ["method=qlora", "model.quantize=int8"], "method=lora"),
     ("qlora_needs_nf4", ["method=qlora", "model.quantize=none"], "model.quantize="),
     ("whole_weights_are_not_quantised", ["method=full", "model.quantize=nf4"], "model.quantize="),
