@@ -298,7 +298,9 @@ class LimitsSection(Section):
     max_restarts: int = Field(
         0,
         ge=0,
-        description=N_("When a process of a run on several devices dies: start again from the last checkpoint so often."),
+        description=N_(
+            "When a process of a run on several devices dies: start again from the last checkpoint so often."
+        ),
     )
     micro_batch_tokens: int | None = Field(None, ge=8, description=N_("Tokens in one forward and backward pass."))
     checkpointing: bool | None = Field(
