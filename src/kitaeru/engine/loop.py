@@ -232,7 +232,6 @@ class Loop:
     def _validate(self) -> bool:
         """Validate now; whether the loss is the lowest so far (before training there is nothing to be best)."""
         assert self.valid is not None
-        self.world.pulse.free()
         started = time.perf_counter()
         loss, tokens = self.evaluate(self.valid)
         best = self.progress.step > 0 and loss < self.progress.best_loss
@@ -260,11 +259,13 @@ class Loop:
         )
         sums: dict[int, torch.Tensor] = {}
         for number in self._hand(batches):
+            self.world.pulse.working(self.progress.step)
             batch = batches[_shortest(batches) if number is None else number]
             with trainee.autocast():
                 loss = trainee.loss_sum(batch.to(trainee.device))
             if number is not None:
                 sums[number] = loss
+        self.world.pulse.waiting()
         tokens = batches.trained_tokens
         return float(self._together(sums, len(batches)).sum()) / tokens, tokens
 
@@ -285,7 +286,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of this step, verified, and prune old ones."""
-        self.world.pulse.free()
+        self.world.pulse.waiting()
         started, trainee, step = time.perf_counter(), self.trainee, self.progress.step
         moments, scalars = optimizer_state(trainee.optimizer, trainee.named)
         pieces = {f"model/{name}": p.detach() for name, p in trainee.named}
@@ -302,6 +303,7 @@ class Loop:
             "fingerprints": self.fingerprints,
         }
         if self.world.main:
+            self.world.pulse.free()  # the others go on, and wait in the next step
             path = checkpoint.save(self.folder, step, tensors, meta)
             protected = {self.progress.best_step} if self.section.keep_best and self.progress.best_step else set()
             checkpoint.prune(self.folder, self.section.keep_checkpoints, protect=protected)

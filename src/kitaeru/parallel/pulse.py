@@ -18,7 +18,7 @@ from kitaeru.i18n import tr
 
 BEAT_SECONDS = 1.0
 # A thread can be kept from running that long by a library that holds Python's lock; at work none does for so long.
-SILENT_SECONDS = {"working": 12.0, "waiting": 12.0, "free": 300.0}
+SILENT_SECONDS = {"working": 12.0, "waiting": 12.0, "free": 120.0}
 # A micro-batch may take that many times the longest one so far, and at least so many seconds.
 STUCK_TIMES, STUCK_SECONDS, FIRST_SECONDS, COLLECTIVE_SECONDS = 10.0, 15.0, 900.0, 120.0
 
@@ -64,8 +64,11 @@ class Pulse:
     def working(self, step: int) -> None:
         """A micro-batch of the step after `step` begins."""
         self._lap()
+        was_free = self._state == "free"
         self._state, self._step, self._began = "working", step, time.monotonic()
         self._moves += 1
+        if was_free:  # from now on silence counts: said at once too
+            self._say()
 
     def waiting(self) -> None:
         """What follows needs the other ranks."""

@@ -1,0 +1,143 @@
+"""A run on several devices, from outside: started by kitaeru or torchrun, killed, stopped, interrupted, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kitaeru.events import Evaluated, RunFinished, RunStarted, Step
+
+STEPS = 40
+TWO = {"strategy": "ddp", "limits__devices": 2, "train__max_steps": STEPS, "train__save_every": 5}
+
+
+@pytest.fixture(scope="session")
+def one(new_folder, tmp_path_factory):
+    """The run on one device."""
+    folder = new_folder(tmp_path_factory.mktemp("devices") / "one", train__max_steps=STEPS)
+    folder.train()
+    return folder
+
+
+def losses(folder):
+    return [(step.step, step.loss) for step in folder.events(Step)]
+
+
+def assert_same(folder, wanted):
+    assert [s for s, _ in losses(folder)] == list(range(1, STEPS + 1))
+    assert [x for _, x in losses(folder)] == pytest.approx([x for _, x in losses(wanted)], rel=1e-5)
+    ours, theirs = ([e.loss for e in f.events(Evaluated)] for f in (folder, wanted))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def rank(folder, number):
+    return json.loads((folder.run / "logs" / f"rank-{number}.json").read_text())
+
+
+def assert_nobody_left(session):
+    """Every process of a session has gone: no rank, no zombie, nothing that holds a port."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        left = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == session:
+                left.append(stat.parent.name)
+        if not left:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still there: {left}")
+
+
+def killed(folder, number, how, *more):
+    """Start, hurt a rank in the middle of the run; the exit code and the seconds until everything had ended."""
+    started = folder.start(*more)
+    folder.wait_for("step", started, count=12)
+    began = time.monotonic()
+    os.kill(rank(folder, number)["pid"], how)
+    code = started.wait()
+    seconds = time.monotonic() - began
+    assert_nobody_left(started.pid)
+    return code, seconds, started.said
+
+
+def test_two_devices_are_one_training(one, new_folder, tmp_path):
+    folder = new_folder(tmp_path, **TWO)
+    said = folder.train()
+    assert_same(folder, one)
+    assert folder.events(RunStarted)[0].strategy == "ddp"
+    assert (folder.run / "report.html").exists()
+    assert "finished" in said
+    assert "step 40/40" in said
+    assert [rank(folder, number)["state"] for number in (0, 1)] == ["done", "done"]
+    assert '"kind": "step"' in (folder.run / "logs" / "rank-1.log").read_text()
+    assert folder.lines("run_started") == 1
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_killed_rank_is_named_and_the_run_goes_on_elsewhere(one, new_folder, tmp_path, number):
+    folder = new_folder(tmp_path, **TWO)
+    code, seconds, said = killed(folder, number, signal.SIGKILL)
+    assert code == 1
+    assert seconds < 30
+    assert f"Rank {number} on {os.uname().nodename} is lost after step" in said.replace("\n", " ")
+    assert "ran out of RAM" in said
+    assert folder.events(RunFinished)[-1].outcome == "failed"
+    folder.write(strategy="single", limits__devices=1)  # and now on one device
+    folder.train("--resume")
+    assert_same(folder, one)
+
+
+def test_a_stopped_rank_is_missed(new_folder, tmp_path):
+    folder = new_folder(tmp_path, **(TWO | {"train__max_steps": 4000}))
+    code, seconds, said = killed(folder, 1, signal.SIGSTOP)
+    assert code == 1
+    assert seconds < 30
+    assert "Rank 1" in said
+    assert "no sign of life" in said
+
+
+def test_restarts_from_the_last_checkpoint(one, new_folder, tmp_path):
+    folder = new_folder(tmp_path, **TWO)
+    code, _, said = killed(folder, 1, signal.SIGKILL, "--set", "limits.max_restarts=1")
+    assert code == 0, said
+    assert folder.lines("run_started") == 2
+    assert folder.events(RunStarted)[-1].resumed_step >= 10
+    assert_same(folder, one)
+
+
+def test_interrupted_and_resumed_on_one_device_more(one, new_folder, tmp_path):
+    folder = new_folder(tmp_path)
+    folder.write(**(TWO | {"strategy": "single", "limits__devices": 1}))
+    started = folder.start()
+    folder.wait_for("step", started, count=5)
+    os.kill(started.pid, signal.SIGINT)
+    assert started.wait() == 130
+    folder.write(**TWO)
+    started = folder.start("--resume")
+    folder.wait_for("step", started, count=20)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: everyone hears it
+    assert started.wait() == 130, started.said
+    assert_nobody_left(started.pid)
+    folder.train("--resume")
+    assert_same(folder, one)
+
+
+def test_started_by_torchrun(one, new_folder, tmp_path):
+    folder = new_folder(tmp_path, **{name: value for name, value in TWO.items() if name != "limits__devices"})
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "kitaeru", "train"]
+    done = subprocess.run(
+        [sys.executable, *words, "recipe.yaml", "--plain"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(folder, one)
