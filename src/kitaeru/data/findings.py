@@ -95,9 +95,9 @@ def _mojibake(text: str) -> str | None:
         if _turns_back(text[match.start() : match.start() + 2 * _AROUND]):
             return _around(text, match.start(), match.end())
     for pattern in (_AS_LATIN, _AS_LATIN_EUC):
-        match = pattern.search(text)
-        if match:
-            return _around(text, match.start(), match.end())
+        found = pattern.search(text)
+        if found:
+            return _around(text, found.start(), found.end())
     return None
 
 
