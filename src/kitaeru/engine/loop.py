@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from kitaeru.data.corpus import Corpus
 from kitaeru.engine import checkpoint
 from kitaeru.engine.build import Trainee
 from kitaeru.engine.gates import LossWatch, gradient_gate
+from kitaeru.engine.memory import peak_bytes, trim
 from kitaeru.engine.optim import load_optimizer_state, optimizer_state, set_rate
 from kitaeru.engine.schedule import rate
 from kitaeru.errors import CheckpointError, TrainingError
@@ -27,6 +27,7 @@ from kitaeru.i18n import tr
 
 # A terminal's Ctrl-C reaches every process of a run, and whoever started them passes it on: one wish, heard twice.
 SAME_SIGNAL_SECONDS = 0.5
+TRIM_EVERY = 16
 
 
 @dataclass
@@ -78,6 +79,8 @@ class Loop:
             while self.progress.step < self.total and not self._given_up():
                 self._step()
                 done = self.progress.step
+                if done % TRIM_EVERY == 0:
+                    trim(self.trainee.device)
                 improved = False
                 if self.valid is not None and self._due(done, self.section.eval_every):
                     improved = self._validate()
@@ -378,13 +381,6 @@ class Loop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory so far: allocated on a GPU, resident of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _parameter(key: str) -> str:
