@@ -51,4 +51,5 @@ def serve():
         answer(pid)
 
 
-serve()
+if __name__ == "__main__":  # a run on several devices imports this file again in each of them
+    serve()

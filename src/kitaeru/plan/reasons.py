@@ -34,7 +34,11 @@ def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
         yield Decision("limits.checkpointing", recompute, _why_activations(problem, chosen))
     if recipe.limits.threads is None and layout.device == "cpu":
         cores = problem.hardware.cpu_cores
-        yield Decision("limits.threads", cores, tr("One for each of the {count} cores.", count=cores))
+        if layout.devices == 1:
+            yield Decision("limits.threads", cores, tr("One for each of the {count} cores.", count=cores))
+        else:
+            why = tr("{devices} processes share {count} cores.", devices=layout.devices, count=cores)
+            yield Decision("limits.threads", max(1, cores // layout.devices), why)
 
 
 def _why_strategy(problem: Problem, chosen: Candidate) -> str:
