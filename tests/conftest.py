@@ -74,19 +74,13 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def bundled() -> Path:
     """The folder of the bundled model, weights included."""
-    folder = ASSETS / "bundled"
-    if not (folder / "model.safetensors").is_file():
-        pytest.skip("the bundled model's weights are not in this tree")
-    return folder
+    return ASSETS / "bundled"
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder() -> Path:
     """The folder of the packaged Japanese tokenizer (16,384 pieces, chat template)."""
-    folder = ASSETS / "bundled"
-    if not (folder / "tokenizer.json").is_file():
-        pytest.skip("the packaged tokenizer is not in this tree")
-    return folder
+    return ASSETS / "bundled"
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,6 @@ WEIGHTS = BUNDLED / "model.safetensors"
 LARGEST_BYTES = 25_000_000
 LARGEST_WEIGHTS = 11_000_000
 
-needs_weights = pytest.mark.skipif(not WEIGHTS.exists(), reason="the bundled model is not trained yet")
-
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -199,7 +197,6 @@ def test_shape_and_size(tokenizer: PreTrainedTokenizerBase) -> None:
     assert others + 2 * weights < LARGEST_BYTES
 
 
-@needs_weights
 def test_weights_are_bf16_and_fit_the_config() -> None:
     model, loading = AutoModelForCausalLM.from_pretrained(BUNDLED, output_loading_info=True)
     assert not loading["missing_keys"]
@@ -209,7 +206,6 @@ def test_weights_are_bf16_and_fit_the_config() -> None:
     assert "NOT YET MEASURED" not in (BUNDLED / "README.md").read_text(encoding="utf-8")
 
 
-@needs_weights
 def test_the_model_knows_some_japanese(
     tokenizer: PreTrainedTokenizerBase, data: dict[str, list[dict[str, Any]]]
 ) -> None:

@@ -35,6 +35,9 @@ def run(
     top_p: Annotated[
         float, Parameter(help=tr("With a temperature: choose among the likeliest tokens up to this share."))
     ] = 0.95,
+    repetition_penalty: Annotated[
+        float | None, Parameter(help=tr("Above 1, tokens said before become less likely. Default: the model's own."))
+    ] = None,
     quantize: Annotated[
         Literal["none", "nf4", "int8"] | None, Parameter(help=tr("How the base is stored. Default: as it was trained."))
     ] = None,
@@ -47,7 +50,7 @@ def run(
 
     chat = open_chat(target, compare=compare, quantize=quantize)
     chat.system = system
-    chat.sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    chat.sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty)
     for text in ask if ask is not None else _typed(console, chat):
         if ask is not None:
             console.print("> " + text, style="bold", markup=False)

@@ -17,12 +17,12 @@ from kitaeru.model import attention
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: temperature 0 takes the most likely one."""
+    """How the next token is chosen: temperature 0 takes the most likely one; None leaves a penalty to the model."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 0.95
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
 
 
 def encode_prompt(
@@ -54,12 +54,13 @@ def answer(
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    if sampling.repetition_penalty is not None:
+        choice["repetition_penalty"] = sampling.repetition_penalty
     with _ready_to_generate(model):
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=sampling.max_new_tokens,
-            repetition_penalty=sampling.repetition_penalty,
             eos_token_id=end_tokens(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=streamer,
