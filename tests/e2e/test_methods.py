@@ -223,8 +223,8 @@ def test_qlora_goes_on_learning_after_a_validation(training, tiny_model, chat_da
     for module in made.trainee.causal_lm.modules():
         assert not getattr(module, "support_avx512bf16_for_cpu", False)
     made.loop.evaluate(made.data.valid)
-    batch = made.loop._split([0, 1, 2])[0]
-    made.loop._gradients([batch], batch.trained_tokens, 0)
+    batches = made.loop._split([0, 1, 2])
+    made.loop._gradients(batches, batches.trained_tokens, 0)
     first = [n for n, p in made.trainee.named if "layers.0" in n and "lora_B" in n and not bool(p.grad.any())]
     assert first == []
     made.trainee.optimizer.zero_grad()
