@@ -71,6 +71,12 @@ def _notice(event: Notice) -> Text:
     return text
 
 
+def _short(kinds: dict[str, str]) -> dict[str, str]:
+    """Sources by file name where no two share one; the recipe and the page have the whole paths."""
+    names = {path: path.rstrip("/").rsplit("/", 1)[-1] for path in kinds}
+    return {names[p] if list(names.values()).count(names[p]) == 1 else p: kind for p, kind in kinds.items()}
+
+
 def _data(event: DataReady) -> Text:
     line = tr(
         "data ({split}): {examples} examples, {tokens} tokens, {share} trained, longest {longest}",
@@ -81,7 +87,7 @@ def _data(event: DataReady) -> Text:
         longest=count_text(event.longest),
     )
     if event.kinds:
-        line += " · " + ", ".join(f"{clean(path)}: {clean(kind)}" for path, kind in event.kinds.items())
+        line += " · " + ", ".join(f"{clean(name)}: {clean(kind)}" for name, kind in _short(event.kinds).items())
     if event.left_out:
         reasons = ", ".join(f"{clean(reason)}: {count_text(count)}" for reason, count in event.left_out.items())
         line += " · " + tr("left out: {reasons}", reasons=reasons)
