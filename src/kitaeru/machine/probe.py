@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kitaeru.hardware import Device, Hardware, Link, find_gpu, pcie_gb_s
+from kitaeru.machine.nvml import ask, opened, text
 
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _UNLIMITED = 1 << 60
@@ -36,7 +37,7 @@ def probe(root: Path = Path("/")) -> Hardware:
         disk_free_bytes=_disk_free(),
         driver=driver,
         cuda=cuda,
-        container=_container(root),
+        container=container(root),
         versions=_versions(),
     )
 
@@ -47,7 +48,7 @@ def probe(root: Path = Path("/")) -> Hardware:
 def host_memory(root: Path = Path("/")) -> tuple[int, int]:
     """RAM in bytes: all of it, and what may still be taken. A cgroup's limit (v2 or v1) counts where it is smaller."""
     facts: dict[str, int] = {}
-    for line in _read(root / "proc/meminfo").splitlines():
+    for line in read_text(root / "proc/meminfo").splitlines():
         name, _, value = line.partition(":")
         if value.strip().split(" ")[0].isdigit():
             facts[name] = int(value.split()[0]) * 1024
@@ -63,7 +64,7 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
 def _memory_groups(root: Path) -> list[tuple[Path, str, str, str]]:
     """Folders of the memory cgroups this process is in, from the root inwards, with the names of their files."""
     found: list[tuple[Path, str, str, str]] = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:
@@ -90,32 +91,35 @@ def cpu_cores(root: Path = Path("/")) -> int:
     """Physical cores this process may run on, at most its CPU quota."""
     allowed = os.sched_getaffinity(0) if root == Path("/") else set(range(os.cpu_count() or 1))
     siblings = {
-        _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu)
+        read_text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu)
         for cpu in allowed
     }
     cores = len(siblings)
-    quota, _, period = _read(root / "sys/fs/cgroup/cpu.max").strip().partition(" ")
+    quota, _, period = read_text(root / "sys/fs/cgroup/cpu.max").strip().partition(" ")
     if not quota.isdigit():
-        quota = _read(root / "sys/fs/cgroup/cpu/cpu.cfs_quota_us").strip()
-        period = _read(root / "sys/fs/cgroup/cpu/cpu.cfs_period_us").strip()
+        quota = read_text(root / "sys/fs/cgroup/cpu/cpu.cfs_quota_us").strip()
+        period = read_text(root / "sys/fs/cgroup/cpu/cpu.cfs_period_us").strip()
     if quota.isdigit() and period.isdigit() and int(period):
         cores = min(cores, max(1, round(int(quota) / int(period))))
     return max(1, cores)
 
 
 def _cpu_name(root: Path) -> str:
-    for line in _read(root / "proc/cpuinfo").splitlines():
+    for line in read_text(root / "proc/cpuinfo").splitlines():
         if line.startswith(("model name", "Hardware")):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
-def _container(root: Path) -> str:
+def container(root: Path = Path("/")) -> str:
+    """What kind of container this is: docker, podman, kubernetes, wsl, or "" for none that is known."""
     if (root / ".dockerenv").exists():
         return "docker"
     if (root / "run/.containerenv").exists():
         return "podman"
-    return "wsl" if "microsoft" in _read(root / "proc/version").lower() else ""
+    if "kubepods" in read_text(root / "proc/1/cgroup") or (root / "run/secrets/kubernetes.io").exists():
+        return "kubernetes"
+    return "wsl" if "microsoft" in read_text(root / "proc/version").lower() else ""
 
 
 def _disk_free() -> int:
@@ -132,7 +136,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """What a file of /proc or /sys says; "" where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -140,12 +145,12 @@ def _read(path: Path) -> str:
 
 
 def _number(path: Path) -> int:
-    text = _read(path).strip()
+    text = read_text(path).strip()
     return int(text) if text.isdigit() else 0
 
 
 def _statistic(path: Path, key: str) -> int:
-    for line in _read(path).splitlines():
+    for line in read_text(path).splitlines():
         name, _, value = line.partition(" ")
         if name == key and value.strip().isdigit():
             return int(value)
@@ -158,25 +163,17 @@ def _statistic(path: Path, key: str) -> int:
 def _gpus() -> tuple[tuple[Device, ...], tuple[Link, ...], str, str]:
     """Devices and links in CUDA's order, driver version, CUDA version; nothing where there is no NVIDIA driver."""
     try:
-        import pynvml as nvml
-
-        nvml.nvmlInit()
-    except Exception:  # no library, no driver, no permission: all mean "no GPU for us"
-        return (), (), "", ""
-    try:
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        uuids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
-        chosen = visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        devices = tuple(_device(nvml, handles[at], index, uuids[at]) for index, at in enumerate(chosen))
-        links = _links(nvml, [handles[at] for at in chosen], devices)
-        version = int(_ask(nvml, "nvmlSystemGetCudaDriverVersion_v2", default=0))
-        cuda = f"{version // 1000}.{version % 1000 // 10}" if version else ""
-        return devices, links, _text(_ask(nvml, "nvmlSystemGetDriverVersion", default="")), cuda
+        with opened() as nvml:
+            handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+            uuids = [text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+            chosen = visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            devices = tuple(_device(nvml, handles[at], index, uuids[at]) for index, at in enumerate(chosen))
+            links = _links(nvml, [handles[at] for at in chosen], devices)
+            version = int(ask(nvml, "nvmlSystemGetCudaDriverVersion_v2", default=0))
+            cuda = f"{version // 1000}.{version % 1000 // 10}" if version else ""
+            return devices, links, text(ask(nvml, "nvmlSystemGetDriverVersion", default="")), cuda
     except Exception:  # a driver that answers half the questions (containers, WSL) is as good as none
         return (), (), "", ""
-    finally:
-        with suppress(Exception):
-            nvml.nvmlShutdown()
 
 
 def visible(uuids: list[str], variable: str | None) -> list[int]:
@@ -202,13 +199,13 @@ def visible(uuids: list[str], variable: str | None) -> list[int]:
 
 
 def _device(nvml: Any, handle: Any, index: int, uuid: str) -> Device:
-    name = _text(nvml.nvmlDeviceGetName(handle))
+    name = text(nvml.nvmlDeviceGetName(handle))
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    major, minor = _ask(nvml, "nvmlDeviceGetCudaComputeCapability", handle, default=(0, 0))
+    major, minor = ask(nvml, "nvmlDeviceGetCudaComputeCapability", handle, default=(0, 0))
     known = find_gpu(name, int(memory.total))
     # An idle link sleeps at generation 1: the most that card and slot can do is what a copy will wake.
-    generation = int(_ask(nvml, "nvmlDeviceGetMaxPcieLinkGeneration", handle, default=0))
-    width = int(_ask(nvml, "nvmlDeviceGetCurrPcieLinkWidth", handle, default=0))
+    generation = int(ask(nvml, "nvmlDeviceGetMaxPcieLinkGeneration", handle, default=0))
+    width = int(ask(nvml, "nvmlDeviceGetCurrPcieLinkWidth", handle, default=0))
     sheet = known.device() if known else Device(name)
     return Device(
         name=name,
@@ -247,27 +244,15 @@ def _links(nvml: Any, handles: list[Any], devices: tuple[Device, ...]) -> tuple[
 
 def _nvlinks(nvml: Any, first: Any, second: Any) -> int:
     """How many NVLinks lead from one card to the other, directly or through a switch."""
-    place = _ask(nvml, "nvmlDeviceGetPciInfo_v3", second, default=None)
-    bus = _text(place.busId) if place is not None else ""
+    place = ask(nvml, "nvmlDeviceGetPciInfo_v3", second, default=None)
+    bus = text(place.busId) if place is not None else ""
     count = 0
     for link in range(getattr(nvml, "NVML_NVLINK_MAX_LINKS", 18)):
-        if not _ask(nvml, "nvmlDeviceGetNvLinkState", first, link, default=0):
+        if not ask(nvml, "nvmlDeviceGetNvLinkState", first, link, default=0):
             continue
-        remote = _ask(nvml, "nvmlDeviceGetNvLinkRemotePciInfo_v2", first, link, default=None)
-        kind = _ask(nvml, "nvmlDeviceGetNvLinkRemoteDeviceType", first, link, default=None)
+        remote = ask(nvml, "nvmlDeviceGetNvLinkRemotePciInfo_v2", first, link, default=None)
+        kind = ask(nvml, "nvmlDeviceGetNvLinkRemoteDeviceType", first, link, default=None)
         through_switch = kind == getattr(nvml, "NVML_NVLINK_DEVICE_TYPE_SWITCH", 2)
-        if through_switch or (remote is not None and _text(remote.busId) == bus):
+        if through_switch or (remote is not None and text(remote.busId) == bus):
             count += 1
     return count
-
-
-def _ask(nvml: Any, function: str, *arguments: Any, default: Any) -> Any:
-    """One question to the driver; `default` where this driver or card cannot answer it."""
-    try:
-        return getattr(nvml, function)(*arguments)
-    except (AttributeError, nvml.NVMLError):
-        return default
-
-
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value or "")
