@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 
-from kitaeru.cli import ranks
+from kitaeru.api import runs
 from kitaeru.errors import UsageError
 from kitaeru.i18n import tr
 from kitaeru.recipe.read import Effective, read
 from kitaeru.report.closing import print_samples, print_summary
-from kitaeru.report.live import View, live_view
-from kitaeru.report.page import write_page
-from kitaeru.report.trackers import trackers
-
-if TYPE_CHECKING:
-    from kitaeru.engine.run import Run
 
 
 def run(
@@ -42,65 +35,17 @@ def run(
 
 def train(effective: Effective, *, resume: bool = False, plain: bool = False) -> int:
     """Plan and train an effective recipe with everything a person sees around it."""
-    # Fragmentation is what makes a plan that fits run out of memory; must be set before CUDA starts.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from kitaeru.engine import run as engine  # imports torch: seconds
-    from kitaeru.engine.place import placed
+    folder = runs.train(effective.recipe, resume=resume, plain=plain)
+    if folder is None:
+        return 1
+    from kitaeru.engine.place import placed  # imports torch, which has been needed by now
 
-    console = Console(highlight=False)
     place = placed()
-    if place is not None:
-        result = ranks.join(effective.recipe, place, resume=resume, plain=plain)
-        if result is not None and place.rank == 0:
-            _closing(console, result.folder)
-        return 0 if result is not None else 1
-    with live_view(console, plain=plain or None) as view:
-        view.phase(tr("Starting"), 0, 0)
-        prepared = engine.prepare(effective.recipe, resume=resume, phase=view.phase)
-        view.show_plan(prepared.plan)
-        if prepared.plan.layout.devices == 1:
-            _here(prepared, view, console)
-    if prepared.plan.layout.devices > 1:
-        try:
-            ranks.start(prepared, resume=resume, plain=plain)
-        finally:
-            _page(prepared.folder, console)
-    _closing(console, prepared.folder, page=False)
+    if place is None or place.rank == 0:
+        console = Console(highlight=False)
+        print_samples(console, folder)
+        print_summary(console, folder)
     return 0
-
-
-def _here(prepared: Run, view: View, console: Console) -> None:
-    """Train in this process."""
-    from kitaeru.engine import run as engine
-
-    wish = prepared.wish.model_dump(mode="json")
-    followers = trackers(prepared.plan.recipe.track, prepared.folder, wish, notify=view)
-    try:
-        engine.train(prepared, [view, *followers], view.phase)
-    finally:
-        for follower in followers:
-            follower.close()
-        _page(prepared.folder, console)
-
-
-def _closing(console: Console, folder: Path, *, page: bool = True) -> None:
-    """What is shown of a finished run."""
-    if page:
-        _page(folder, console)
-    print_samples(console, folder)
-    print_summary(console, folder)
-
-
-def _page(folder: Path, console: Console) -> None:
-    """The report is written whatever happened; a fault in it must not hide what happened."""
-    if not (folder / "events.jsonl").exists():
-        return
-    try:
-        write_page(folder)
-    except Exception as error:
-        text = tr("The report page could not be written: {error}", error=f"{type(error).__name__}: {error}")
-        console.print(text, style="yellow", markup=False)
 
 
 def _recipe(

@@ -11,11 +11,13 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -62,7 +64,7 @@ def launch(
         **options,
     )
     try:
-        with _signals_passed_on(folder):
+        with _signals_passed_on(folder), _script_left_alone():
             answers: dict[int, Any] = elastic_launch(config, function)(*arguments)
     except ChildFailedError as failed:
         error = explain(folder, failed.failures)
@@ -88,6 +90,20 @@ def _signals_passed_on(folder: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _script_left_alone() -> Iterator[None]:
+    """Python imports the main script again in each process that it starts; the workers need nothing of it.
+
+    A script without `if __name__ == "__main__"` would run from its top in every one of them.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def explain(folder: Path, failures: Mapping[int, ProcessFailure]) -> KitaeruError:

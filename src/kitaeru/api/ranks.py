@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from kitaeru.engine.run import Result, Run
 
 _RUN_KEY = "kitaeru/run"
+# A script may train several times in the same processes, which share one store: what each run says in it is kept apart.
+_RUNS = count()
 
 
 def start(run: Run, *, resume: bool, plain: bool) -> str:
@@ -59,10 +62,12 @@ def join(wish: Recipe, place: Place, *, resume: bool, plain: bool) -> Result | N
     Raises:
         KitaeruError: as `follow`.
     """
+    from torch.distributed.distributed_c10d import PrefixStore
+
     from kitaeru.engine.place import meet
     from kitaeru.engine.run import prepare
 
-    store = meet(place)
+    store = PrefixStore(f"run-{next(_RUNS)}", meet(place))
     if place.rank == 0:
         folder = ""
         try:

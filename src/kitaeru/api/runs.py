@@ -1,0 +1,81 @@
+"""Plan and train with everything a person sees around it: what `kitaeru train` and the trainers both do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from kitaeru.api import ranks
+from kitaeru.i18n import tr
+from kitaeru.recipe.types import Recipe
+from kitaeru.report.live import live_view
+from kitaeru.report.page import write_page
+from kitaeru.report.trackers import trackers
+
+if TYPE_CHECKING:
+    from kitaeru.engine.run import Run
+    from kitaeru.report.live import View
+
+
+def train(wish: Recipe, *, resume: bool = False, plain: bool = False) -> Path | None:
+    """Plan and train `wish` on as many processes as its plan says; the run's folder.
+
+    Alone, this process trains or starts those that do. Started by torchrun, accelerate or srun it is one of them: then
+    the main one plans and shows, and the others get None when it could not begin.
+
+    Raises:
+        KitaeruError: planning or training cannot go on; Interrupted when a person stopped it, after saving.
+    """
+    # Fragmentation is what makes a plan that fits run out of memory; must be set before CUDA starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from kitaeru.engine.place import placed  # imports torch: seconds
+    from kitaeru.engine.run import prepare
+
+    console = Console(highlight=False)
+    place = placed()
+    if place is not None:
+        result = ranks.join(wish, place, resume=resume, plain=plain)
+        if result is not None and place.rank == 0:
+            page(result.folder, console)
+        return None if result is None else result.folder
+    with live_view(console, plain=plain or None) as view:
+        view.phase(tr("Starting"), 0, 0)
+        prepared = prepare(wish, resume=resume, phase=view.phase)
+        view.show_plan(prepared.plan)
+        if prepared.plan.layout.devices == 1:
+            _here(prepared, view, console)
+    if prepared.plan.layout.devices > 1:
+        try:
+            ranks.start(prepared, resume=resume, plain=plain)
+        finally:
+            page(prepared.folder, console)
+    return prepared.folder
+
+
+def _here(prepared: Run, view: View, console: Console) -> None:
+    """Train in this process."""
+    from kitaeru.engine import run as engine
+
+    wish = prepared.wish.model_dump(mode="json")
+    followers = trackers(prepared.plan.recipe.track, prepared.folder, wish, notify=view)
+    try:
+        engine.train(prepared, [view, *followers], view.phase)
+    finally:
+        for follower in followers:
+            follower.close()
+        page(prepared.folder, console)
+
+
+def page(folder: Path, console: Console) -> None:
+    """Write the report; it is written whatever happened, and a fault in it must not hide what happened."""
+    if not (folder / "events.jsonl").exists():
+        return
+    try:
+        write_page(folder)
+    except Exception as error:
+        text = tr("The report page could not be written: {error}", error=f"{type(error).__name__}: {error}")
+        console.print(text, style="yellow", markup=False)
