@@ -54,6 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KITAERU_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("KITAERU_DATA", str(tmp_path_factory.mktemp("data")))
         yield
 
 

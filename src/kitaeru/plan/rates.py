@@ -5,11 +5,13 @@ Each factor has its source and its bounds beside it: a plan from the table is a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import N_
-from kitaeru.plan.calibrate import DeviceProfile, Profile
+from kitaeru.plan.calibrate import DeviceProfile, Profile, cpu_key
 from kitaeru.plan.types import Precision
 
 TERA, GIGA = 1e12, 1e9
@@ -64,12 +66,25 @@ CPU_FLOPS_PER_CORE = {
 }
 CPU_PEAK_PER_CORE = 500e9
 UNKNOWN_TFLOPS, UNKNOWN_GB_S = 40.0, 400.0
+_LINK_NAMES = {"nvlink": "NVLink", "pcie": "PCIe"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A device's measured rates as a plan uses them: in its arithmetic, off by `spread` in one case of its range, and
+    the `share` of them that a process has.
+    """
+
+    profile: DeviceProfile
+    arithmetic: str
+    spread: float
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
 class Rates:
     """Rates of one device: FLOP/s by kind of work, bytes/s by kind of traffic, seconds of its host. `peak_flops` is the
-    sheet's dense rate in the arithmetic of the plan.
+    sheet's dense rate in the arithmetic of the plan. What was `measured` has rates by size (`sized`).
     """
 
     peak_flops: float
@@ -86,7 +101,28 @@ class Rates:
     operation: float
     micro_batch: float
     step: float
-    measured: bool = False
+    measured: Measured | None = field(default=None, compare=False)
+
+    def sized(self, rows: float, products: Iterable[tuple[float, float]], length: float) -> Rates:
+        """The rates for products of `rows` with matrices of so many `(weights, width)`, the width that of a square one,
+        and for attention over examples of `length` tokens. Where they were not measured by size, the same for all.
+        """
+        known = self.measured
+        if known is None:
+            return self
+        total, taken = 0.0, 0.0
+        for weights, width in products:
+            total += weights
+            taken += weights / (known.profile.product_tflops(known.arithmetic, rows, width) or 1e-9)
+        forward, backward = known.profile.attention_tflops(length)
+        measured = bool(known.profile.products.get(known.arithmetic)) and taken > 0
+        found = {
+            "gemm": total / taken if measured else 0.0,
+            "attention_forward": forward,
+            "attention_backward": backward,
+        }
+        changed: dict[str, Any] = _flops(found, known, self.peak_flops)
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -121,8 +157,13 @@ def device_rates(device: Device, precision: Precision, case: str = "likely", pro
         micro_batch=HOST_MICRO_BATCH.at(case),
         step=HOST_STEP.at(case),
     )
-    measured = profile.device(device.name) if profile else None
-    return rates if measured is None else _measured(rates, measured, precision, case)
+    found = profile.device(device.name) if profile else None
+    if found is None:
+        return rates
+    if not device.bf16_tflops and found.products:  # not in the table: no more than what was seen is known
+        best = max(rate for table in found.products.values() for rate in table.values())
+        rates = replace(rates, peak_flops=best * TERA)
+    return _measured(rates, Measured(found, precision, MEASURED_SPREAD[case]))
 
 
 def _peak(device: Device, precision: Precision) -> float:
@@ -132,36 +173,42 @@ def _peak(device: Device, precision: Precision) -> float:
 
 # A measured rate holds for the shapes that were measured, on a hot card: this much is left open.
 MEASURED_SPREAD = {"likely": 1.0, "low": 0.92, "high": 1.06}
+# What a rate without a size stands for: rows, width, length.
+USUAL_SIZES = (8192.0, ((1.0, 4096.0),), 2048.0)
 
 
-def _measured(rates: Rates, profile: DeviceProfile, precision: Precision, case: str) -> Rates:
-    spread = MEASURED_SPREAD[case]
-    flops = {"bf16": profile.gemm_bf16_tflops, "fp16": profile.gemm_fp16_tflops, "fp32": profile.gemm_fp32_tflops}
-    found = {
-        "gemm": flops[precision] * TERA,
-        "attention_forward": profile.attention_forward_tflops * TERA,
-        "attention_backward": profile.attention_backward_tflops * TERA,
-        "stream": profile.stream_gb_s * GIGA,
-        "eager": profile.eager_gb_s * GIGA,
-        "dequantise": profile.dequantise_gb_s * GIGA,
-        "host_copy": profile.host_copy_gb_s * GIGA,
-        "host_memory": profile.host_memory_gb_s * GIGA,
+def _measured(rates: Rates, known: Measured) -> Rates:
+    """The rates with those that were measured in their place."""
+    profile = known.profile
+    flops = {"skinny": profile.skinny_tflops, "grouped": profile.grouped_tflops}
+    traffic = {
+        "stream": profile.stream_gb_s,
+        "eager": profile.eager_gb_s,
+        "dequantise": profile.dequantise_gb_s,
+        "host_copy": profile.host_copy_gb_s,
+        "host_memory": profile.host_memory_gb_s,
     }
-    changed = {name: value * spread for name, value in found.items() if value}
-    for name in ("gemm", "attention_forward", "attention_backward"):
-        if name in changed:
-            changed[name] = min(changed[name], rates.peak_flops)
+    changed: dict[str, Any] = _flops(flops, known, rates.peak_flops)
+    changed |= {name: value * GIGA * known.spread * known.share for name, value in traffic.items() if value}
     if profile.operation_seconds:
-        changed["operation"] = profile.operation_seconds / spread
-    return replace(rates, **changed, measured=True)
+        changed["operation"] = profile.operation_seconds / known.spread
+    return replace(rates, **changed, measured=known).sized(*USUAL_SIZES)
 
 
-def cpu_rates(hardware: Hardware, precision: Precision, case: str = "likely", processes: int = 1) -> Rates:
-    """The rates of a CPU, shared by several processes."""
+def _flops(found: dict[str, float], known: Measured, peak: float) -> dict[str, float]:
+    """TFLOP/s that were measured as FLOP/s, never above the sheet's."""
+    scale = TERA * known.spread * known.share
+    return {name: min(value * scale, peak) for name, value in found.items() if value}
+
+
+def cpu_rates(
+    hardware: Hardware, precision: Precision, case: str = "likely", processes: int = 1, profile: Profile | None = None
+) -> Rates:
+    """The rates of a CPU, shared by several processes, a profile's where it has this CPU."""
     cores = max(1.0, hardware.cpu_cores / processes)
     flops = cores * CPU_FLOPS_PER_CORE["bf16" if precision == "bf16" else "fp32"].at(case)
     memory = HOST_MEMORY_GB_S.at(case) * GIGA / processes / 2
-    return Rates(
+    rates = Rates(
         peak_flops=cores * CPU_PEAK_PER_CORE,
         gemm=flops,
         skinny=flops / 2,
@@ -177,22 +224,31 @@ def cpu_rates(hardware: Hardware, precision: Precision, case: str = "likely", pr
         micro_batch=HOST_MICRO_BATCH.at(case),
         step=HOST_STEP.at(case),
     )
+    found = profile.device(cpu_key(hardware.cpu_name, hardware.cpu_cores)) if profile else None
+    return (
+        rates if found is None else _measured(rates, Measured(found, precision, MEASURED_SPREAD[case], 1 / processes))
+    )
 
 
 def link_rates(hardware: Hardware, count: int, case: str = "likely", profile: Profile | None = None) -> LinkRates:
-    """The slowest link between neighbours of the first `count` devices, which is what a ring of them runs at.
+    """What a ring of the first `count` devices runs at: as measured, else as its slowest link between neighbours.
 
     >>> from kitaeru.hardware import parse_gpus
     >>> [round(link_rates(parse_gpus(text), 2).bytes_s / 1e9) for text in ("2x RTX A5000", "2x RTX A5000, nvlink")]
     [26, 45]
     """
+    ring = f"{'cuda' if hardware.devices else 'cpu'}-{count}"
+    if profile and profile.rings.get(ring):
+        name = hardware.links[0].kind if hardware.links else "RAM"
+        bytes_s = profile.rings[ring] * GIGA * MEASURED_SPREAD[case]
+        return LinkRates(bytes_s, profile.latencies.get(ring) or 20e-6, _LINK_NAMES.get(name, name), measured=True)
     slowest: LinkRates | None = None
     for link in hardware.links:
         if link.b >= count or link.b - link.a not in (1, count - 1):
             continue
         measured = profile.link(link.a, link.b) if profile else None
         if measured:
-            now = LinkRates(measured * GIGA * MEASURED_SPREAD[case], 20e-6, link.kind, measured=True)
+            now = LinkRates(measured * GIGA * MEASURED_SPREAD[case], 20e-6, _LINK_NAMES[link.kind], measured=True)
         elif link.kind == "nvlink":
             now = LinkRates(link.gb_s / 2 * GIGA * NVLINK.at(case), 15e-6, "NVLink")
         else:

@@ -66,7 +66,7 @@ def pace(
 ) -> Pace:
     """The rates of the devices a layout uses, in one case (`likely`, `low`, `high`)."""
     if layout.device == "cpu":
-        rates = (cpu_rates(hardware, layout.precision, case, layout.devices),) * layout.devices
+        rates = (cpu_rates(hardware, layout.precision, case, layout.devices, profile),) * layout.devices
     else:
         kinds = {device: device_rates(device, layout.precision, case, profile) for device in dict.fromkeys(devices)}
         rates = tuple(kinds[devices[rank % len(devices)]] for rank in range(layout.devices))
@@ -144,10 +144,15 @@ class Layer:
 
 def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, head: bool = True) -> Layer:
     """What one layer (and the head) takes; `layout.micro_batch_tokens` is what a micro-batch really holds."""
+    tokens = layout.micro_batch_tokens
+    inner = [(linear.count * linear.weights, linear.weights**0.5) for linear in shape.linears()]
+    table = shape.vocab * shape.hidden
+    inside = rates.sized(tokens, inner, load.typical)
+    outside = rates.sized(tokens, [(table, table**0.5)], load.typical) if head and table else rates
     return Layer(
-        took(layer_forward(layout, shape, load.setting, load.typical), rates),
-        took(layer_backward(layout, shape, load.setting, load.typical), rates),
-        took(head_forward(layout, shape), rates) if head else NOTHING,
+        took(layer_forward(layout, shape, load.setting, load.typical), inside),
+        took(layer_backward(layout, shape, load.setting, load.typical), inside),
+        took(head_forward(layout, shape), outside) if head else NOTHING,
     )
 
 

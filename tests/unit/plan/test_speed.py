@@ -105,7 +105,7 @@ def test_an_uneven_pair_is_cut_unevenly() -> None:
 
 
 def test_a_profile_takes_the_table_s_place(tmp_path: Path) -> None:
-    profile = Profile("2026-01-01", {"RTX A5000": DeviceProfile(gemm_bf16_tflops=50.0)}, {(0, 1): 8.0})
+    profile = Profile("2026-01-01", {"RTX A5000": DeviceProfile({"bf16": {(8192, 4096): 50.0}})}, {(0, 1): 8.0})
     profile.save(tmp_path / "profile.json")
     read = Profile.load(tmp_path / "profile.json")
     assert read.device("RTX A5000") == profile.device("RTX A5000")
@@ -119,7 +119,7 @@ def test_a_profile_takes_the_table_s_place(tmp_path: Path) -> None:
 
 
 def test_a_profile_never_passes_the_sheet() -> None:
-    profile = Profile("2026-01-01", {"RTX A5000": DeviceProfile(gemm_bf16_tflops=5000.0)})
+    profile = Profile("2026-01-01", {"RTX A5000": DeviceProfile({"bf16": {(8192, 4096): 5000.0}})})
     rates = device_rates(A5000.devices[0], "bf16", "high", profile)
     assert rates.gemm == rates.peak_flops
 
@@ -127,9 +127,9 @@ def test_a_profile_never_passes_the_sheet() -> None:
 BROKEN = {
     "empty": "",
     "list": "[]",
-    "version": '{"version": 2, "date": "", "devices": {}}',
-    "rate": '{"version": 1, "date": "", "devices": {"a": {"stream_gb_s": -1}}}',
-    "link": '{"version": 1, "date": "", "devices": {}, "links": {"x": 1}}',
+    "version": '{"version": 1, "date": "", "devices": {}}',
+    "rate": '{"version": 2, "date": "", "devices": {"a": {"stream_gb_s": -1}}}',
+    "link": '{"version": 2, "date": "", "devices": {}, "links": {"x": 1}}',
 }
 
 
@@ -141,7 +141,7 @@ def test_a_broken_profile_is_told(tmp_path: Path, text: str) -> None:
 
 
 def test_this_machine_s_profile_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KITAERU_CACHE", str(tmp_path))
+    monkeypatch.setenv("KITAERU_DATA", str(tmp_path))
     assert own_profile() is None
     Profile("2026-01-01").save(tmp_path / "profile.json")
     assert own_profile() == Profile("2026-01-01")
