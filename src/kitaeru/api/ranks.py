@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,18 @@ _RUN_KEY = "kitaeru/run"
 _RUNS = count()
 
 
-def start(run: Run, *, resume: bool, plain: bool) -> str:
+@dataclass(frozen=True)
+class Show:
+    """How a run is shown: in plain lines in any case, and with a line for so many steps (else by time)."""
+
+    plain: bool = False
+    every: int | None = None
+
+
+SHOWN = Show()
+
+
+def start(run: Run, *, resume: bool, show: Show) -> str:
     """Start the processes of a prepared run and wait for them; the outcome.
 
     Raises:
@@ -34,14 +46,14 @@ def start(run: Run, *, resume: bool, plain: bool) -> str:
     """
     from kitaeru.engine.launch import launch
 
-    arguments = (str(run.folder), resume, plain, language())
+    arguments = (str(run.folder), resume, show, language())
     outcome, *words = launch(run.folder, _worker, arguments, run.plan.layout.devices, run.wish.limits.max_restarts)
     if outcome == "interrupted":
         raise Interrupted(words[0], remedy=words[1])
     return str(outcome)
 
 
-def _worker(folder: str, resume: bool, plain: bool, lang: str) -> tuple[str, ...]:
+def _worker(folder: str, resume: bool, show: Show, lang: str) -> tuple[str, ...]:
     """What each of them does. An interruption is no failure: it comes back as an answer."""
     from kitaeru.engine.place import meet, placed
 
@@ -49,12 +61,12 @@ def _worker(folder: str, resume: bool, plain: bool, lang: str) -> tuple[str, ...
     place = placed()
     assert place is not None
     try:
-        return (follow(Path(folder), place, meet(place), resume=resume, plain=plain).outcome,)
+        return (follow(Path(folder), place, meet(place), resume=resume, show=show).outcome,)
     except Interrupted as error:
         return ("interrupted", error.what, error.remedy or "")
 
 
-def join(wish: Recipe, place: Place, *, resume: bool, plain: bool) -> Result | None:
+def join(wish: Recipe, place: Place, *, resume: bool, show: Show) -> Result | None:
     """Train as one of several processes that somebody else started. None: the main one could not, and has said why.
 
     Only the main process reads the recipe's data for the first time and plans; the others wait for its run folder.
@@ -71,7 +83,7 @@ def join(wish: Recipe, place: Place, *, resume: bool, plain: bool) -> Result | N
     if place.rank == 0:
         folder = ""
         try:
-            with live_view(Console(highlight=False), plain=plain or None) as view:
+            with live_view(Console(highlight=False), show.plain or None, show.every) as view:
                 again = resume or (place.restarts > 0 and wish.output is not None)
                 folder = str(prepare(_for(wish, place.size), resume=again, phase=view.phase).folder)
         finally:
@@ -81,7 +93,7 @@ def join(wish: Recipe, place: Place, *, resume: bool, plain: bool) -> Result | N
 
         store.wait([_RUN_KEY], timedelta(days=2))
         folder = store.get(_RUN_KEY).decode()
-    return follow(Path(folder), place, store, resume=resume, plain=plain) if folder else None
+    return follow(Path(folder), place, store, resume=resume, show=show) if folder else None
 
 
 def _for(wish: Recipe, size: int) -> Recipe:
@@ -98,7 +110,7 @@ def _for(wish: Recipe, size: int) -> Recipe:
     return wish.model_copy(update={"limits": wish.limits.model_copy(update={"devices": size})})
 
 
-def follow(folder: Path, place: Place, store: Any, *, resume: bool, plain: bool) -> Result:
+def follow(folder: Path, place: Place, store: Any, *, resume: bool, show: Show) -> Result:
     """Train the run that lies in `folder`, with all that a person sees if this is the main process.
 
     Raises:
@@ -112,7 +124,7 @@ def follow(folder: Path, place: Place, store: Any, *, resume: bool, plain: bool)
         _into_log(folder / "logs" / f"rank-{place.rank}.log")
         run = reopen(folder, resume=resume, main=False)
         return work(run, place, store, [_write])
-    with live_view(Console(highlight=False), plain=plain or None) as view:
+    with live_view(Console(highlight=False), show.plain or None, show.every) as view:
         run = reopen(folder, resume=resume, main=True, phase=view.phase)
         if place.restarts:
             view.phase(tr("Started again after a process died ({count})", count=place.restarts), 0, 0)

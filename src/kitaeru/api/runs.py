@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from kitaeru.api import ranks
+from kitaeru.api.ranks import SHOWN, Show
 from kitaeru.i18n import tr
 from kitaeru.recipe.types import Recipe
 from kitaeru.report.live import live_view
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from kitaeru.report.live import View
 
 
-def train(wish: Recipe, *, resume: bool = False, plain: bool = False) -> Path | None:
+def train(wish: Recipe, *, resume: bool = False, show: Show = SHOWN) -> Path | None:
     """Plan and train `wish` on as many processes as its plan says; the run's folder.
 
     Alone, this process trains or starts those that do. Started by torchrun, accelerate or srun it is one of them: then
@@ -38,11 +39,11 @@ def train(wish: Recipe, *, resume: bool = False, plain: bool = False) -> Path | 
     console = Console(highlight=False)
     place = placed()
     if place is not None:
-        result = ranks.join(wish, place, resume=resume, plain=plain)
+        result = ranks.join(wish, place, resume=resume, show=show)
         if result is not None and place.rank == 0:
             page(result.folder, console)
         return None if result is None else result.folder
-    with live_view(console, plain=plain or None) as view:
+    with live_view(console, show.plain or None, show.every) as view:
         view.phase(tr("Starting"), 0, 0)
         prepared = prepare(wish, resume=resume, phase=view.phase)
         view.show_plan(prepared.plan)
@@ -50,7 +51,7 @@ def train(wish: Recipe, *, resume: bool = False, plain: bool = False) -> Path | 
             _here(prepared, view, console)
     if prepared.plan.layout.devices > 1:
         try:
-            ranks.start(prepared, resume=resume, plain=plain)
+            ranks.start(prepared, resume=resume, show=show)
         finally:
             page(prepared.folder, console)
     return prepared.folder

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from kitaeru.api import runs
+from kitaeru.api.ranks import Show
 from kitaeru.errors import UsageError
 from kitaeru.i18n import tr
 from kitaeru.recipe.read import Effective, read
@@ -35,7 +36,7 @@ def run(
 
 def train(effective: Effective, *, resume: bool = False, plain: bool = False) -> int:
     """Plan and train an effective recipe with everything a person sees around it."""
-    folder = runs.train(effective.recipe, resume=resume, plain=plain)
+    folder = runs.train(effective.recipe, resume=resume, show=Show(plain))
     if folder is None:
         return 1
     from kitaeru.engine.place import placed  # imports torch, which has been needed by now

@@ -12,6 +12,7 @@ from typing import Literal
 
 from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware
+from kitaeru.i18n import tr
 from kitaeru.plan.calibrate import Profile, own_profile
 from kitaeru.plan.decide import decide_learning, default_seq_len, fill
 from kitaeru.plan.host import host_items
@@ -141,6 +142,10 @@ class Pricing:
         """What joins the devices of a layout, for people."""
         return self._pace(layout, "likely").link.name
 
+    def work(self, layout: Layout) -> tuple[Load, Pace]:
+        """What a step of a layout does, and the likely rates it does it at."""
+        return self._load(layout), self._pace(layout, "likely")
+
     def _pace(self, layout: Layout, case: str) -> Pace:
         key = (layout.devices, case)
         if key not in self._paces:
@@ -155,6 +160,12 @@ class Pricing:
             found = [a for a in found if a.devices == problem.world]
         if problem.recipe.strategy == "auto" and problem.world == 1:
             found = [a for a in found if a.strategy == "single"]
+        group = problem.recipe.limits.split_over
+        if group is not None:
+            found = [a for a in found if a.devices // a.replicas == group]
+            if not found:
+                why = tr("{count} devices cannot be shared out in groups of {size}.", count=problem.world, size=group)
+                self.impossible.setdefault("split_over", why)
         return found
 
     def _sizes(self, row: Sequence[Layout]) -> Iterator[Candidate]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kitaeru.errors import PlanError
 from kitaeru.hardware import Device, Hardware
@@ -80,6 +80,8 @@ def state(recipe: Recipe, hardware: Hardware, shape: ModelShape, facts: DataFact
     Raises:
         PlanError: it asks for a micro-batch that cannot hold the longest example.
     """
+    if recipe.limits.ram_gb is not None:
+        hardware = replace(hardware, host_free_bytes=min(hardware.host_free_bytes, int(recipe.limits.ram_gb * GB)))
     device = pick_device(recipe, hardware)
     longest = longest_example(recipe, shape, facts)
     micro = recipe.limits.micro_batch_tokens

@@ -186,6 +186,17 @@ def strategy_is_built(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
         )
 
 
+def split_needs_a_splitting_strategy(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
+    """A model is split over devices by some strategies only."""
+    splits = recipe.strategy in ("auto", "pipeline", "model_parallel", "tensor")
+    if recipe.limits.split_over is not None and not splits:
+        yield Clash(
+            ("limits.split_over", "strategy"),
+            tr("`strategy: {strategy}` does not split the model over devices", strategy=recipe.strategy),
+            tr("Leave `split_over` out, or `strategy`."),
+        )
+
+
 def fsdp_needs_whole_bits(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
     """FSDP's copies may change the bit patterns of packed weights, without an error (bitsandbytes 1945)."""
     if recipe.strategy == "fsdp" and (recipe.method == "qlora" or recipe.model.quantize in _BITS):
@@ -198,6 +209,7 @@ def fsdp_needs_whole_bits(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]
 
 RULES: tuple[Rule, ...] = (
     strategy_is_built,
+    split_needs_a_splitting_strategy,
     fsdp_needs_whole_bits,
     qlora_needs_nf4,
     whole_weights_are_not_quantised,

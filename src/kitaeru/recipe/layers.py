@@ -79,14 +79,14 @@ def _file_remedy(path: Path) -> str:
     return tr("Check the path and its permissions.")
 
 
-def values_layer(values: Mapping[str, Any]) -> Layer:
-    """Values of the command line's own flags by dotted path, or nested; None is skipped."""
+def values_layer(values: Mapping[str, Any], source: str | None = None) -> Layer:
+    """Values by dotted path, or nested; None is skipped. `source` names them: by default the command line's flags."""
     tree = Tree(values={})
     for path, value in values.items():
         if value is not None:
             plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
             _nest(tree.values, path.split("."), plain)
-    return Layer(tree, "flag", tr("command line"))
+    return Layer(tree, "flag", tr("command line") if source is None else source)
 
 
 def _nest(into: dict[str, Any], parts: list[str], value: Any) -> None:

@@ -61,12 +61,18 @@ class Effective:
         return frozenset(path for path, origin in self.origins.items() if origin.kind in ("file", "flag"))
 
 
-def read(path: Path | None, *, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Effective:
+def read(
+    path: Path | None,
+    *,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+    source: str | None = None,
+) -> Effective:
     """Read the recipe in `path` (None: no file) under `values` and `overrides`, the later the stronger.
 
     `overrides` are texts like `train.seed=3`, the value in YAML, nothing after `=` to take a value back.
     `values` are those of the command line's own flags, by path (`{"data.train": "my.jsonl"}`) or nested; None is
-    skipped.
+    skipped. `source` says who gave them, if not the command line.
 
     In the file, data paths, model and tokenizer folders and `chat_template` are looked for beside the file first and
     are else relative to the current folder; `output` is always relative to the current folder.
@@ -75,7 +81,7 @@ def read(path: Path | None, *, overrides: Sequence[str] = (), values: Mapping[st
         RecipeError: everything that is wrong with the recipe.
     """
     layers = [file_layer(path)] if path is not None else []
-    layers += [values_layer(values or {}), *map(override_layer, overrides)]
+    layers += [values_layer(values or {}, source), *map(override_layer, overrides)]
     name, at = preset_name(layers)
     if name is not None:
         layers.insert(0, preset_layer(name, at))

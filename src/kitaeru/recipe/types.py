@@ -295,6 +295,14 @@ class LimitsSection(Section):
             "Use so many devices: GPUs, or on a CPU processes. Default: every GPU that is visible, and one CPU process."
         ),
     )
+    split_over: int | None = Field(
+        None,
+        ge=2,
+        description=N_(
+            "Split each copy of the model over so many devices (strategies `pipeline`, `model_parallel` and `tensor`). "
+            "Default: the planner's choice."
+        ),
+    )
     max_restarts: int = Field(
         0,
         ge=0,
@@ -308,6 +316,9 @@ class LimitsSection(Section):
         description=N_("Activation (gradient) checkpointing: keep only each layer's input and compute the rest again."),
     )
     memory_gb: float | None = Field(None, gt=0, description=N_("Use at most so many GB (10⁹ bytes) of each device."))
+    ram_gb: float | None = Field(
+        None, gt=0, description=N_("Use at most so many GB (10⁹ bytes) of the machine's RAM, all processes together.")
+    )
     threads: int | None = Field(None, ge=1, description=N_("Threads of CPU arithmetic."))
 
 

@@ -60,11 +60,14 @@ class View(Protocol):
     ) -> None: ...
 
 
-def live_view(console: Console, plain: bool | None = None) -> View:
-    """The view for `console`: live where it is a terminal that can redraw, else plain lines; `plain` decides it."""
+def live_view(console: Console, plain: bool | None = None, every: int | None = None) -> View:
+    """The view for `console`: live where it is a terminal that can redraw, else plain lines; `plain` decides it.
+
+    Plain lines have one for a step at most every two seconds, or for `every` so many steps.
+    """
     if plain is None:
         plain = not console.is_terminal or console.is_dumb_terminal
-    return PlainView(console) if plain else LiveView(console)
+    return PlainView(console, every) if plain else LiveView(console)
 
 
 class LiveView:

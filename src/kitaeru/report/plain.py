@@ -29,10 +29,11 @@ _PHASE_SECONDS = 5.0
 
 
 class PlainView:
-    """Writes a line for every notice, validation and save, and for a step at most every two seconds."""
+    """Writes a line for every notice, validation and save; for a step at most every two seconds, or every so many."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, every: int | None = None) -> None:
         self._console = console
+        self._every = every
         self._progress = Progress()
         self._last_step_time = float("-inf")
         self._phase: tuple[str, float] = ("", float("-inf"))
@@ -79,7 +80,8 @@ class PlainView:
 
     def _step(self, step: Step) -> None:
         now = time.monotonic()
-        if step.step != self._progress.total and now - self._last_step_time < _STEP_SECONDS:
+        due = step.step % self._every == 0 if self._every else now - self._last_step_time >= _STEP_SECONDS
+        if step.step != self._progress.total and not due:
             return
         self._last_step_time = now
         left = self._progress.seconds_left(time.time())

@@ -14,6 +14,7 @@ BASE = ["model=bundled", "data.train=a.jsonl"]
 # rule, the clashing values, and a change after which the recipe is right
 CASES = [
     ("strategy_is_built", ["strategy=tensor"], "strategy=single"),
+    ("split_needs_a_splitting_strategy", ["strategy=ddp", "limits.split_over=2"], "limits.split_over="),
     ("fsdp_needs_whole_bits", ["strategy=fsdp", "method=qlora"], "method=lora"),
     ("qlora_needs_nf4", ["method=qlora", "model.quantize=int8"], "method=lora"),
     ("qlora_needs_nf4", ["method=qlora", "model.quantize=none"], "model.quantize="),
