@@ -40,6 +40,11 @@ def tr(message: str, **values: object) -> str:
     return text.format(**values) if values else text
 
 
+def in_every_language(message: str) -> frozenset[str]:
+    """`message` as it may stand in a file that a run in either language wrote."""
+    return frozenset(_catalogue(code).gettext(message) for code in LANGUAGES)
+
+
 def _from_locale() -> str:
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
         value = os.environ.get(name)

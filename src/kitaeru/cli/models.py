@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -12,35 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from kitaeru.cli.machine import GpusOption, RamOption, machine
-from kitaeru.cli.plan_view import round_two
 from kitaeru.cli.text import console
-from kitaeru.errors import PlanError
-from kitaeru.hardware import Hardware
 from kitaeru.i18n import N_, tr
-from kitaeru.plan.choose import survey
-from kitaeru.plan.types import Candidate
-from kitaeru.recipe.read import read
+from kitaeru.plan.known import Known, models
 from kitaeru.report.prose import Prose
-from kitaeru.report.wording import bytes_text, count_text
-from kitaeru.shape import ModelShape, catalogue
-
-MILLION = 10**6
-
-
-@dataclass(frozen=True)
-class Row:
-    """A model and its best way; None where it cannot be trained on this machine."""
-
-    name: str
-    parameters: int
-    best: Candidate | None
-
-    @property
-    def hours_per_million_tokens(self) -> float | None:
-        """How long a million tokens take."""
-        if self.best is None or self.best.speed is None:
-            return None
-        return MILLION / self.best.speed.tokens_per_second / 3600
+from kitaeru.report.wording import bytes_text, count_text, round_two
 
 
 def run(
@@ -67,21 +41,7 @@ def run(
     return 0
 
 
-def models(hardware: Hardware, seq_len: int | None = None) -> Iterator[Row]:
-    """Every model of the catalogue with its best way: the one that would be chosen, else the fastest not built yet."""
-    for entry in catalogue():
-        shape = ModelShape.from_config(entry.config, entry.name)
-        recipe = read(None, values={"model": entry.name, "data.train": ["-"], "data.seq_len": seq_len}).recipe
-        try:
-            found = survey(recipe, hardware, shape)
-        except PlanError:
-            yield Row(entry.name, shape.parameters(), None)
-            continue
-        fitting = [c for c in found.candidates if c.fits]
-        yield Row(entry.name, shape.parameters(), found.plan.chosen if found.plan else fitting[0])
-
-
-def _json(row: Row) -> dict[str, Any]:
+def _json(row: Known) -> dict[str, Any]:
     best = row.best
     found: dict[str, Any] = {"model": row.name, "parameters": row.parameters, "fits": best is not None}
     if best is None or best.speed is None:
@@ -99,7 +59,7 @@ def _json(row: Row) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[Known]) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(overflow="fold", ratio=1)
     grid.add_column(overflow="fold", max_width=23)

@@ -12,20 +12,15 @@ from rich.text import Text
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
 from kitaeru.plan.choose import Survey
-from kitaeru.plan.explain import Line, factor_lines, host_lines, memory_lines, speed_lines
+from kitaeru.plan.explain import MEMORY_GROUPS, Line, factor_lines, host_lines, memory_lines, speed_lines
 from kitaeru.plan.problem import Problem, free_bytes, needed_bytes
 from kitaeru.plan.types import Candidate
 from kitaeru.report.prose import Prose
-from kitaeru.report.wording import bytes_text, count_text, duration_text, percent_text
+from kitaeru.report.wording import bytes_text, count_text, duration_text, percent_text, round_two
 from kitaeru.shape import ModelShape
 
 # Groups of items in a bar, each with its letter: they stay readable without colour.
-GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("W", "cyan", ("weights", "quantization", "gathered", "process")),
-    ("T", "magenta", ("adapter", "gradients", "optimizer", "weight_casts")),
-    ("A", "green", ("activations",)),
-    ("h", "yellow", ("head", "workspace", "communication")),
-)
+GROUPS = tuple(zip("WTAh", ("cyan", "magenta", "green", "yellow"), MEMORY_GROUPS.values(), strict=True))
 BAR = 40
 
 
@@ -90,16 +85,6 @@ def best_of_each_way(found: Survey) -> list[Candidate]:
 def _range(candidate: Candidate) -> str:
     speed = candidate.speed
     return "" if speed is None else f"{round_two(speed.low):,.0f}–{round_two(speed.high):,.0f}"
-
-
-def round_two(value: float) -> float:
-    """Two digits, or three from 100 on: more would be false.
-
-    >>> round_two(1234.5), round_two(87.4)
-    (1230.0, 87.0)
-    """
-    digits = 2 if value < 100 else 3
-    return float(f"{value:.{digits}g}")
 
 
 def _verdict(found: Survey, candidate: Candidate) -> str:

@@ -44,6 +44,15 @@ SPEED_FORMULAS: dict[str, str] = {
 }
 
 
+# Items of a device's memory, by what they are for: the parts of a bar.
+MEMORY_GROUPS: dict[str, tuple[str, ...]] = {
+    "weights": ("weights", "quantization", "gathered", "process"),
+    "trained": ("adapter", "gradients", "optimizer", "weight_casts"),
+    "activations": ("activations",),
+    "work": ("head", "workspace", "communication"),
+}
+
+
 @dataclass(frozen=True)
 class Line:
     """One number: its name, its value in bytes or seconds, what it is, and its formula."""

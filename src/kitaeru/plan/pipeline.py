@@ -26,10 +26,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a simulation found: seconds from the first pass to the last, and each rank's share of them without work."""
+    """What a simulation found: seconds from the first pass to the last, each rank's share of them without work, and
+    when each pass ended, rank by rank.
+    """
 
     seconds: float
     idle: tuple[float, ...]
+    ended: tuple[tuple[tuple[Pass, float], ...], ...] = ()
 
 
 def orders(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> list[list[Pass]]:
@@ -127,7 +130,8 @@ def simulate(
         if left == before:
             raise ValueError("the schedule waits for itself")
     total = max(free)
-    return Timeline(total, tuple(1 - used / total if total else 0.0 for used in busy))
+    ended = tuple(tuple((now, done[now]) for now in passes) for passes in order)
+    return Timeline(total, tuple(1 - used / total if total else 0.0 for used in busy), ended)
 
 
 def _needs(now: Pass, last: int) -> Pass | None:

@@ -5,8 +5,6 @@ Everything is inside (styles, script, drawings); the page asks the network for n
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -14,9 +12,10 @@ from pathlib import Path
 from kitaeru import __version__
 from kitaeru.errors import PlanError
 from kitaeru.files import write_atomic
-from kitaeru.i18n import language, tr
+from kitaeru.i18n import tr
 from kitaeru.plan.types import Plan
 from kitaeru.report import sections
+from kitaeru.report.document import html_document
 from kitaeru.report.history import History
 from kitaeru.report.wording import outcome_text, run_name
 
@@ -60,24 +59,7 @@ def page(past: History, plan: Plan | None, recipe: str, run_dir: Path) -> str:
         )
     )
     made = tr("Made by kitaeru {version} on {date}.", version=__version__, date=_date(datetime.now().timestamp()))
-    return _document(_title(past, run_dir), f"<main>{body}<footer>{escape(made)}</footer></main>")
-
-
-def _document(title: str, body: str) -> str:
-    here = Path(__file__)
-    style = here.with_suffix(".css").read_text(encoding="utf-8")
-    script = here.with_suffix(".js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Only our own script may run, and nothing may be fetched: text from data can do no harm even if it slipped through.
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
-    return (
-        f'<!doctype html>\n<html lang="{language()}">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n"
-        f"<script>{script}</script>\n</body>\n</html>\n"
-    )
+    return html_document(_title(past, run_dir), f"<main>{body}<footer>{escape(made)}</footer></main>")
 
 
 def _name(past: History, run_dir: Path) -> str:

@@ -48,6 +48,16 @@ def count_text(value: float) -> str:
     return f"{_three_digits(value / 1e6)} M" if value >= 1e7 else f"{value:,.0f}"
 
 
+def round_two(value: float) -> float:
+    """Two digits, or three from 100 on: more would be false.
+
+    >>> round_two(1234.5), round_two(87.4)
+    (1230.0, 87.0)
+    """
+    digits = 2 if value < 100 else 3
+    return float(f"{value:.{digits}g}")
+
+
 def rate_text(value: float) -> str:
     """A learning rate or another very small number.
 

@@ -1,0 +1,50 @@
+"""The known models on a machine: each one's best way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from kitaeru.errors import PlanError
+from kitaeru.hardware import Hardware
+from kitaeru.plan.choose import survey
+from kitaeru.plan.types import Candidate
+from kitaeru.recipe.read import read
+from kitaeru.shape import Entry, ModelShape, catalogue
+
+MILLION = 10**6
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model and its best way; None where it cannot be trained on this machine."""
+
+    name: str
+    parameters: int
+    best: Candidate | None
+
+    @property
+    def built(self) -> bool:
+        """Whether it can be trained today."""
+        return self.best is not None and self.best.built
+
+    @property
+    def hours_per_million_tokens(self) -> float | None:
+        """How long a million tokens take."""
+        if self.best is None or self.best.speed is None:
+            return None
+        return MILLION / self.best.speed.tokens_per_second / 3600
+
+
+def models(hardware: Hardware, seq_len: int | None = None, entries: Iterable[Entry] | None = None) -> Iterator[Known]:
+    """Models of the catalogue (default: all) with their best way: the one chosen, else the fastest not built yet."""
+    for entry in catalogue() if entries is None else entries:
+        shape = ModelShape.from_config(entry.config, entry.name)
+        recipe = read(None, values={"model": entry.name, "data.train": ["-"], "data.seq_len": seq_len}).recipe
+        try:
+            found = survey(recipe, hardware, shape)
+        except PlanError:
+            yield Known(entry.name, shape.parameters(), None)
+            continue
+        fitting = [c for c in found.candidates if c.fits]
+        yield Known(entry.name, shape.parameters(), found.plan.chosen if found.plan else fitting[0])
