@@ -48,10 +48,28 @@ VERBS: tuple[Verb, ...] = (
         "kitaeru.cli.models:run",
     ),
     Verb(
+        "doctor",
+        N_("Say what this machine is, what is wrong with it, and what to type to mend it."),
+        "kitaeru doctor",
+        "kitaeru.cli.doctor:run",
+    ),
+    Verb(
+        "bench",
+        N_("Show how fast this machine was measured to be; --calibrate measures it."),
+        "kitaeru bench --calibrate",
+        "kitaeru.cli.bench:run",
+    ),
+    Verb(
         "report",
         N_("Write the page that shows what a run did."),
         "kitaeru report runs/my-run",
         "kitaeru.cli.report:run",
+    ),
+    Verb(
+        "advise",
+        N_("Write the optimisation report: today, what is wrong, what this machine can do, what to type."),
+        'kitaeru advise --gpus "2x RTX A5000" --ram 128GB',
+        "kitaeru.cli.advise:run",
     ),
     Verb("chat", N_("Talk to a model or to what a run made."), "kitaeru chat runs/my-run", "kitaeru.cli.chat:run"),
     Verb(
