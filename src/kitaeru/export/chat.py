@@ -52,33 +52,40 @@ class Chat:
         history = self.histories.setdefault(voice.name, [])
         system = [{"role": "system", "content": self.system}] if self.system else []
         asked = {"role": "user", "content": text}
-        streamer = TextPieces(self.tokenizer)
-        failure: list[BaseException] = []
 
-        def generate() -> None:
-            try:
-                with voice.around():
-                    if self.tokenizer.chat_template is None:
-                        answer(voice.model, self.tokenizer, text=text, sampling=self.sampling, streamer=streamer)
-                    else:
-                        messages = [*system, *history, asked]
-                        answer(
-                            voice.model, self.tokenizer, messages=messages, sampling=self.sampling, streamer=streamer
-                        )
-            except BaseException as error:  # must reach the caller's thread, whatever it is
-                failure.append(error)
-                streamer.end()
+        def generate(streamer: TextPieces) -> None:
+            with voice.around():
+                if self.tokenizer.chat_template is None:
+                    answer(voice.model, self.tokenizer, text=text, sampling=self.sampling, streamer=streamer)
+                else:
+                    messages = [*system, *history, asked]
+                    answer(voice.model, self.tokenizer, messages=messages, sampling=self.sampling, streamer=streamer)
 
-        worker = threading.Thread(target=generate, daemon=True)
-        worker.start()
         pieces = []
-        for piece in streamer:
+        for piece in in_pieces(self.tokenizer, generate):
             pieces.append(piece)
             yield piece
-        worker.join()
-        if failure:
-            raise failure[0]
         history += [asked, {"role": "assistant", "content": "".join(pieces).strip()}]
+
+
+def in_pieces(tokenizer: PreTrainedTokenizerBase, generate: Callable[[TextPieces], Any]) -> Iterator[str]:
+    """The text that `generate` gives to a streamer, piece by piece as it comes; it runs in a thread of its own."""
+    streamer = TextPieces(tokenizer)
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            generate(streamer)
+        except BaseException as error:  # must reach the caller's thread, whatever it is
+            failure.append(error)
+            streamer.end()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    yield from streamer
+    worker.join()
+    if failure:
+        raise failure[0]
 
 
 def open_chat(target: str, *, compare: bool = False, quantize: str | None = None) -> Chat:

@@ -50,7 +50,7 @@ def answer(
 ) -> str:
     """What the model says next, special tokens left out. `streamer` receives tokens as they come."""
     sampling = sampling or Sampling()
-    ids = encode_prompt(tokenizer, messages, text).to(model.device)
+    ids = encode_prompt(tokenizer, messages, text).to(_first_device(model))
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -68,6 +68,14 @@ def answer(
         )
     said: str = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return said.strip()
+
+
+def _first_device(model: PreTrainedModel) -> torch.device:
+    """Where tokens go in: the device that computes the embedding, whose weights may lie elsewhere (accelerate)."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    return embedding.weight.device if place is None else torch.device(place)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

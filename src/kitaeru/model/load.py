@@ -13,7 +13,7 @@ from kitaeru.errors import ModelError
 from kitaeru.i18n import tr
 from kitaeru.model import attention
 from kitaeru.model.bundled import bundled_folder
-from kitaeru.plan.types import Layout
+from kitaeru.plan.types import Base, Layout, Precision
 from kitaeru.recipe.types import ModelSection
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -68,7 +68,7 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
     source = model_source(section)
     _refuse_pickles(source)
     if layout.base != "none":
-        options["quantization_config"] = _quantisation(layout)
+        options["quantization_config"] = quantisation(layout.base, layout.precision)
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source,
@@ -113,14 +113,15 @@ def _attention(section: ModelSection, config: PretrainedConfig) -> str | None:
     return section.attention
 
 
-def _quantisation(layout: Layout) -> BitsAndBytesConfig:
-    if layout.base == "int8":
+def quantisation(base: Base, precision: Precision) -> BitsAndBytesConfig:
+    """How transformers must store a base in 4 (NF4, double quantisation) or 8 bits (LLM.int8)."""
+    if base == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[layout.precision],
+        bnb_4bit_compute_dtype=DTYPES[precision],
     )
 
 
@@ -155,3 +156,54 @@ def config_dict(config: PretrainedConfig) -> dict[str, Any]:
     """The config as plain data, for `ModelShape.from_config`."""
     value: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return value
+
+
+def load_to_answer(
+    section: ModelSection,
+    *,
+    base: Base,
+    precision: Precision,
+    device_map: Any = "auto",
+    max_memory: dict[int | str, Any] | None = None,
+    offload_folder: Path | None = None,
+) -> PreTrainedModel:
+    """The model for answers, wherever its parts find room: on the GPUs, then in RAM, in the end in `offload_folder`.
+
+    `device_map` and `max_memory` are accelerate's. Parts that lie on disk are read from the model's own .safetensors
+    files each time they are needed; only what has to be converted is written to the folder.
+
+    Raises:
+        ModelError: it cannot be found or loaded, or there is no room and no folder.
+    """
+    config = load_config(section)
+    source = model_source(section)
+    _refuse_pickles(source)
+    options: dict[str, Any] = {"attn_implementation": _attention(section, config)}
+    if options["attn_implementation"] == attention.NAME:  # for packed rows; one answer is no packed row
+        options["attn_implementation"] = "sdpa"
+    if base != "none":
+        options["quantization_config"] = quantisation(base, precision)
+    try:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            dtype=DTYPES[precision],
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=None if offload_folder is None else str(offload_folder),
+            use_safetensors=True,
+            **options,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if offload_folder is None and "offload" in str(error):
+            raise ModelError(
+                tr("{model} does not fit into the GPUs and RAM together.", model=section.name),
+                remedy=tr("Name a folder on a fast disk with room for it: offload_folder."),
+            ) from error
+        raise _not_loaded(section, error) from error
+    loaded.eval()
+    return loaded
