@@ -12,6 +12,7 @@ Importing it does not import torch.
 
 from kitaeru.api.configs import LoRAConfig, MultiGPUTrainingConfig, TrainingConfig
 from kitaeru.api.model import JapaneseModel, SupportedModel, load_lora_model
+from kitaeru.api.quantization import QuantizationOptimizer
 from kitaeru.api.trainers import AdvancedMultiGPUTrainer, FullFinetuningTrainer, LoRAFinetuningTrainer, TrainingResult
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LoRAConfig",
     "LoRAFinetuningTrainer",
     "MultiGPUTrainingConfig",
+    "QuantizationOptimizer",
     "SupportedModel",
     "TrainingConfig",
     "TrainingResult",

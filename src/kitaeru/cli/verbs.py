@@ -71,6 +71,18 @@ VERBS: tuple[Verb, ...] = (
         'kitaeru advise --gpus "2x RTX A5000" --ram 128GB',
         "kitaeru.cli.advise:run",
     ),
+    Verb(
+        "export",
+        N_("Write a run's adapter, or its base with the adapter merged in, as a folder that other programs open."),
+        "kitaeru export runs/my-run --to merged -o my-model",
+        "kitaeru.cli.export:run",
+    ),
+    Verb(
+        "quantize",
+        N_("Write a copy of a model in 4 or 8 bits."),
+        "kitaeru quantize elyza/Llama-3-ELYZA-JP-8B --to 4bit -o elyza-8b-4bit",
+        "kitaeru.cli.quantize:run",
+    ),
     Verb("chat", N_("Talk to a model or to what a run made."), "kitaeru chat runs/my-run", "kitaeru.cli.chat:run"),
     Verb(
         "data",

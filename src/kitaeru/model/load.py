@@ -16,7 +16,7 @@ from kitaeru.model.bundled import bundled_folder
 from kitaeru.plan.types import Base, Layout, Precision
 from kitaeru.recipe.types import ModelSection
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def model_source(section: ModelSection) -> str:
@@ -69,6 +69,11 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
     _refuse_pickles(source)
     if layout.base != "none":
         options["quantization_config"] = quantisation(layout.base, layout.precision)
+    elif is_quantised(config):
+        raise ModelError(
+            tr("{model} holds its weights in few bits already.", model=section.name),
+            remedy=tr("Train an adapter on it: --set method=qlora for 4 bits, --set model.quantize=int8 for 8."),
+        )
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source,
@@ -86,6 +91,11 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
     if layout.base == "nf4" and layout.device == "cpu":
         keep_trainable_packing(loaded)
     return loaded
+
+
+def is_quantised(config: PretrainedConfig) -> bool:
+    """Whether a config speaks of weights that are stored in few bits."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def keep_trainable_packing(model: PreTrainedModel) -> None:
@@ -205,5 +215,6 @@ def load_to_answer(
                 remedy=tr("Name a folder on a fast disk with room for it: offload_folder."),
             ) from error
         raise _not_loaded(section, error) from error
+    keep_trainable_packing(loaded)
     loaded.eval()
     return loaded
