@@ -50,7 +50,7 @@ def answer(
 ) -> str:
     """What the model says next, special tokens left out. `streamer` receives tokens as they come."""
     sampling = sampling or Sampling()
-    ids = encode_prompt(tokenizer, messages, text).to(_first_device(model))
+    ids = encode_prompt(tokenizer, messages, text).to(first_device(model))
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -70,7 +70,7 @@ def answer(
     return said.strip()
 
 
-def _first_device(model: PreTrainedModel) -> torch.device:
+def first_device(model: PreTrainedModel) -> torch.device:
     """Where tokens go in: the device that computes the embedding, whose weights may lie elsewhere (accelerate)."""
     embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
