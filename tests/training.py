@@ -109,6 +109,7 @@ class Training:
             "cpu",
             world.size if world else 1,
             variant,
+            world.size if world and strategy in ("ddp", "fsdp") else 1,
         )
         self.plan = Plan(self.recipe, Candidate(layout, {}, 0, True))
         self.tokenizer = load_tokenizer(self.recipe.model)

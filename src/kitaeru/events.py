@@ -67,7 +67,10 @@ class DataReady(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Event):
-    """One optimizer step. `loss` is the mean over the trained tokens of the whole global batch, in nats."""
+    """One optimizer step. `loss` is the mean over the trained tokens of the whole global batch, in nats.
+
+    `device_peaks` are the peaks of each of several devices.
+    """
 
     kind: ClassVar[str] = "step"
     step: int
@@ -81,6 +84,7 @@ class Step(Event):
     epoch: float
     seconds: float
     skipped: bool = False
+    device_peaks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from kitaeru.engine.build import hash_frozen
 from kitaeru.engine.result import write_result
 from kitaeru.engine.schedule import rate
 from kitaeru.model.load import keep_trainable_packing
+from kitaeru.parallel.start import hash_frozen
 
 IDS = torch.randint(4, 16000, (1, 24), generator=torch.Generator().manual_seed(1))
 FAST = {"train__max_steps": 8, "train__learning_rate": 1e-2, "train__warmup_steps": 1}

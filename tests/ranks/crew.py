@@ -74,9 +74,9 @@ def train(
     """A run of the real engine; what can be compared of it."""
     import training
     from kitaeru.engine import checkpoint
-    from kitaeru.engine.build import hash_frozen
     from kitaeru.engine.result import write_result
     from kitaeru.events import Evaluated
+    from kitaeru.parallel.start import hash_frozen
 
     run = training.Training(folder, model, data, world=world, **options)
     if stop_at:

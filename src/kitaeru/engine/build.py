@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kitaeru.data.types import MicroBatch
@@ -25,8 +24,10 @@ from kitaeru.i18n import N_, tr
 from kitaeru.model import attention
 from kitaeru.model.adapt import add_adapter
 from kitaeru.model.head import LossSum, distance, forward_arguments, recognise_head
+from kitaeru.model.layers import Draws
 from kitaeru.model.load import DTYPES, load_config, load_model
 from kitaeru.parallel import STRATEGIES
+from kitaeru.parallel.start import hash_frozen
 from kitaeru.parallel.types import Held, Strategy, Unit
 from kitaeru.parallel.world import World
 from kitaeru.plan.types import Plan
@@ -36,8 +37,8 @@ T = TypeVar("T")
 
 @dataclass
 class Trainee:
-    """Everything the loop needs. `named` are the trained parameters, by name, in a fixed order; where a strategy keeps
-    them in pieces, this rank's pieces.
+    """Everything the loop needs. `named` are the trained parameters of this rank, by name, in a fixed order; where a
+    strategy keeps them in pieces, this rank's pieces. `names` are all that are trained, on whatever rank.
     """
 
     plan: Plan
@@ -49,15 +50,21 @@ class Trainee:
     held: Held = field(init=False)
     causal_lm: PreTrainedModel = field(init=False)
     model: PreTrainedModel | PeftModel = field(init=False)
-    loss_sum: LossSum = field(init=False)
     named: list[tuple[str, nn.Parameter]] = field(init=False)
+    names: list[str] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
+    draws: Draws = field(default_factory=Draws)
     frozen_hash: int = 0
     stored_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         self.strategy = STRATEGIES[self.plan.layout.strategy]
+
+    @property
+    def loss_sum(self) -> LossSum:
+        """The loss sum of a micro-batch."""
+        return self.held.unit
 
     def inside(self, function: Callable[[], T]) -> T:
         """Call a function that uses the model's weights, wherever they are; all ranks do so together."""
@@ -160,6 +167,7 @@ def adapt(trainee: Trainee) -> None:
         model.requires_grad_(True)
         trainee.model = model
     trainee.named = [(n, p) for n, p in trainee.model.named_parameters() if p.requires_grad]
+    trainee.names = [name for name, _ in trainee.named]
 
 
 def share_out(trainee: Trainee) -> None:
@@ -168,19 +176,17 @@ def share_out(trainee: Trainee) -> None:
     Raises:
         TrainingError: they have loaded different ones.
     """
-    world = trainee.world
-    if world.size > 1:
-        for _, parameter in trainee.named:
-            torch.distributed.broadcast(parameter.data, src=0)
-        own = hash_frozen(trainee.model)
-        if world.any(own != world.said(own)):
-            raise TrainingError(
-                tr("The processes have loaded different weights of this model."),
-                remedy=tr("Give every host the same files, or name one version: --set model.revision=COMMIT"),
-            )
-    trainee.held = trainee.strategy.hold(Unit(trainee.model), trainee.named, world, trainee.plan.layout)
+    trainee.held = trainee.strategy.hold(Unit(trainee.model), trainee.named, trainee.world, trainee.plan.layout)
     trainee.named = trainee.held.named
     trainee.frozen_hash = hash_frozen(trainee.model)
+
+
+def seed_layers(trainee: Trainee) -> None:
+    """Make dropout in a layer independent of the layers before it."""
+    adapter = trainee.plan.recipe.lora.dropout if trainee.plan.layout.method in ("lora", "qlora") else 0.0
+    own = (module.p for module in trainee.causal_lm.modules() if isinstance(module, nn.Dropout))
+    if max((adapter, getattr(trainee.causal_lm.config, "attention_dropout", None) or 0.0, *own)) > 0:
+        trainee.draws.attach(trainee.causal_lm)
 
 
 def checkpoint_activations(trainee: Trainee) -> None:
@@ -218,7 +224,6 @@ def choose_loss(trainee: Trainee) -> None:
     probe = _probe(trainee, (9, 6))
     with trainee.autocast():
         trainee.held.unit.loss_sum, why = trainee.inside(lambda: recognise_head(trainee.causal_lm, probe))
-    trainee.loss_sum = trainee.held.unit
     if why != "chunked":
         trainee.say(tr("The loss is taken from the model's own logits: the chunked head does not fit it."))
 
@@ -241,28 +246,13 @@ PASSES: tuple[tuple[Callable[[Trainee], None], str], ...] = (
     (load, N_("Loading the model")),
     (adapt, N_("Preparing the weights to train")),
     (share_out, N_("Sharing the model out")),
+    (seed_layers, N_("Setting up random numbers")),
     (check_packing, N_("Checking that packed examples do not see each other")),
     (checkpoint_activations, N_("Setting up recomputation")),
     (attach_neftune, N_("Setting up noise")),
     (choose_loss, N_("Checking the output head")),
     (make_optimizer, N_("Making the optimizer")),
 )
-
-
-def hash_frozen(model: nn.Module) -> int:
-    """A checksum of every weight that must not change (packed ones by their bytes, of those in pieces this rank's)."""
-    total = 0
-    for index, parameter in enumerate(model.parameters()):
-        if parameter.requires_grad or parameter.numel() == 0:
-            continue
-        piece = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if piece.numel() == 0:
-            continue
-        raw = piece.detach().reshape(-1).view(torch.uint8)
-        words, rest = raw[: len(raw) // 4 * 4].view(torch.int32), raw[len(raw) // 4 * 4 :]
-        of_this = int(words.sum(dtype=torch.int64)) + 257 * int(rest.sum(dtype=torch.int64))
-        total ^= of_this * (2 * index + 1) & (2**63 - 1)
-    return total
 
 
 def _probe(trainee: Trainee, lengths: tuple[int, ...]) -> MicroBatch:

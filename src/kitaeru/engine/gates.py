@@ -19,29 +19,32 @@ from kitaeru.recipe.types import TrainSection
 SPIKE_WINDOW = 50
 
 
-def gradient_gate(named: Sequence[tuple[str, nn.Parameter]], step: int, world: World | None = None) -> list[str]:
+def gradient_gate(
+    named: Sequence[tuple[str, nn.Parameter]], step: int, world: World | None = None, names: Sequence[str] = ()
+) -> list[str]:
     """Every trained tensor must receive a gradient that is not all zero, or it learns nothing.
 
     A LoRA A whose B is still zero has no gradient yet, by its definition: it is looked at once B has moved. Experts of
     a mixture may see no token in one batch: their names are returned, for a notice. Of a tensor in pieces, one that has
-    a gradient is enough.
+    a gradient is enough. `names` are all that are trained, where ranks hold different ones.
 
     Raises:
         TrainingError: names the tensors that learn nothing.
     """
     weights = dict(named)
-    lively = torch.tensor([p.grad is not None and bool(p.grad.any()) for _, p in named], dtype=torch.int64)
-    counts = (world or World()).sum(lively).tolist()
-    silent = [name for (name, _), count in zip(named, counts, strict=True) if not count]
+    names = names or list(weights)
+    found = [name in weights and _lives(name, weights) for name in names]
+    counts = (world or World()).sum(torch.tensor(found, dtype=torch.int64)).tolist()
+    silent = [name for name, count in zip(names, counts, strict=True) if not count]
     experts = [name for name in silent if "expert" in name]
-    dead = [name for name in silent if name not in experts and not _waits_for_b(name, weights)]
+    dead = [name for name in silent if name not in experts]
     if dead:
         shown = ", ".join(dead[:5]) + (" …" if len(dead) > 5 else "")
         raise TrainingError(
             tr(
                 "{count} of {total} trained tensors got no gradient: {names}",
                 count=len(dead),
-                total=len(named),
+                total=len(names),
                 names=shown,
             ),
             where=tr("step {step}", step=step + 1),
@@ -50,6 +53,11 @@ def gradient_gate(named: Sequence[tuple[str, nn.Parameter]], step: int, world: W
             ),
         )
     return experts
+
+
+def _lives(name: str, weights: dict[str, nn.Parameter]) -> bool:
+    gradient = weights[name].grad
+    return (gradient is not None and bool(gradient.any())) or _waits_for_b(name, weights)
 
 
 def _waits_for_b(name: str, weights: dict[str, nn.Parameter]) -> bool:

@@ -50,6 +50,7 @@ class Kept:
         )
         self.progress = Progress()
         self.watch = LossWatch(self.section)
+        self._all, self._mine = set(trainee.names), {name for name, _ in trainee.named}
 
     @property
     def folder(self) -> Path:
@@ -63,7 +64,9 @@ class Kept:
         moments, scalars = optimizer_state(trainee.optimizer, trainee.named)
         pieces = {f"model/{name}": p.detach() for name, p in trainee.named}
         pieces |= {f"optimizer/{name}": value for name, value in moments.items()}
-        tensors = {key: trainee.strategy.gather(trainee.held, _parameter(key), p) for key, p in pieces.items()}
+        whole = {key: trainee.strategy.gather(trainee.held, _parameter(key), p) for key, p in pieces.items()}
+        tensors = self.world.united(whole)
+        scalars["values"] = {n: value for each in self.world.each_of(scalars["values"]) for n, value in each.items()}
         meta = {
             "step": step,
             "sampler": self.sampler.state_dict(),
@@ -94,7 +97,9 @@ class Kept:
         pieces = self._pieces(tensors)
         self._put_weights(pieces)
         moments = {k.removeprefix("optimizer/"): v for k, v in pieces.items() if k.startswith("optimizer/")}
-        load_optimizer_state(self.trainee.optimizer, self.trainee.named, moments, meta["optimizer"])
+        scalars = meta["optimizer"]
+        mine = {name: value for name, value in scalars["values"].items() if not self._elsewhere(name)}
+        load_optimizer_state(self.trainee.optimizer, self.trainee.named, moments, {**scalars, "values": mine})
         self.trainee.scaler.load_state_dict(meta["scaler"])
         self.sampler.load_state_dict(meta["sampler"])
         stored = meta["progress"]
@@ -121,7 +126,12 @@ class Kept:
         return {
             key: trainee.strategy.scatter(trainee.held, _parameter(key), tensor)
             for key, tensor in self.world.each(tensors)
+            if not self._elsewhere(_parameter(key))
         }
+
+    def _elsewhere(self, name: str) -> bool:
+        """Whether a parameter is trained on other ranks only."""
+        return name in self._all and name not in self._mine
 
     def _put_weights(self, tensors: dict[str, torch.Tensor]) -> None:
         missing = [name for name, _ in self.trainee.named if f"model/{name}" not in tensors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from kitaeru.data.batches import MicroBatches, eval_batches, micro_batches
 from kitaeru.data.corpus import Corpus
+from kitaeru.data.types import MicroBatch
 from kitaeru.engine.build import Trainee
 from kitaeru.engine.gates import gradient_gate
 from kitaeru.engine.keep import Kept
@@ -23,6 +24,7 @@ from kitaeru.engine.schedule import rate
 from kitaeru.errors import TrainingError
 from kitaeru.events import Evaluated, Notice, Step
 from kitaeru.i18n import tr
+from kitaeru.parallel.types import Work
 
 # A terminal's Ctrl-C reaches every process of a run, and whoever started them passes it on: one wish, heard twice.
 SAME_SIGNAL_SECONDS = 0.5
@@ -88,6 +90,7 @@ class Loop(Kept):
         self.progress.step += 1
         seconds = time.perf_counter() - started
         tokens = sum(batches.tokens)
+        peaks = self.world.numbers([peak_bytes(device) for device in trainee.held.devices or (trainee.device,)])
         trainee.emit(
             Step(
                 step=self.progress.step,
@@ -97,7 +100,8 @@ class Loop(Kept):
                 tokens_per_second=tokens / seconds,
                 learning_rate=trainee.plan.recipe.train.learning_rate * multiplier,  # type: ignore[operator]
                 grad_norm=norm,
-                peak_bytes=self.world.max(peak_bytes(trainee.device)),
+                peak_bytes=max(peaks),
+                device_peaks=tuple(peaks) if len(peaks) > 1 else (),
                 epoch=self.sampler.epoch,
                 seconds=seconds,
                 skipped=skipped,
@@ -120,28 +124,34 @@ class Loop(Kept):
         """Accumulate the gradients of the global batch; each micro-batch's share of the mean loss, on the CPU."""
         trainee = self.trainee
         trainee.model.train()
-        shares: dict[int, torch.Tensor] = {}
-        hand = self._hand(batches)
-        for place, number in enumerate(hand):
-            # Dropout and noise depend on the seed, the step and the place in it alone: a resumed run draws the same,
-            # and so does another number of ranks.
+
+        def begin(number: int | None) -> None:
+            # Dropout and noise depend on the seed, the step, the place in it and the layer alone: a resumed run draws
+            # the same, and so does another number of ranks.
             self.world.pulse.working(index)
-            torch.manual_seed((self.section.seed * 1_000_003 + index) * 65_537 + (number or 0))
-            batch = batches[_shortest(batches) if number is None else number]
-            with trainee.autocast():
-                share = trainee.loss_sum(batch.to(trainee.device)) / trained
-            if number is None:
-                share = share * 0
-            else:
-                shares[number] = share.detach()
-            trainee.strategy.backward(trainee.held, trainee.scaler.scale(share), last=place == len(hand) - 1)
+            trainee.draws.begin((self.section.seed * 1_000_003 + index) * 65_537 + (number or 0))
+
+        work = self._work(batches, begin, lambda loss: loss / trained)
+        shares = trainee.strategy.gradients(trainee.held, work)
         self.world.pulse.waiting()
         trainee.strategy.reduce(trainee.held)
         return self._together(shares, len(batches))
 
-    def _hand(self, batches: MicroBatches) -> list[int | None]:
-        """The micro-batches this rank computes."""
-        return self.trainee.strategy.deal(batches.tokens, self.world.size)[self.world.rank]
+    def _work(
+        self,
+        batches: MicroBatches,
+        begin: Callable[[int | None], None],
+        share: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Work:
+        """The micro-batches this rank has a part in."""
+        trainee, layout = self.trainee, self.trainee.plan.layout
+
+        def batch(number: int | None, device: torch.device) -> MicroBatch:
+            return batches[_shortest(batches) if number is None else number].to(device)
+
+        replica = self.world.rank // layout.ranks_per_replica
+        numbers = trainee.strategy.deal(batches.tokens, layout.replicas)[replica]
+        return Work(numbers, batches.tokens, batch, begin, trainee.autocast, share, trainee.scaler.scale)
 
     def _together(self, mine: dict[int, torch.Tensor], count: int) -> torch.Tensor:
         """One number for each of `count` micro-batches, from the ranks that have computed them."""
@@ -178,7 +188,7 @@ class Loop(Kept):
         if self.gated == 2:
             return
         self.gated += 1
-        for name in gradient_gate(self.trainee.named, index, self.world)[:1]:
+        for name in gradient_gate(self.trainee.named, index, self.world, self.trainee.names)[:1]:
             self.trainee.say(
                 tr("Some experts saw no token in this step, for example {name}.", name=name), step=index + 1
             )
@@ -237,14 +247,8 @@ class Loop(Kept):
             packing=trainee.plan.recipe.data.packing,
             max_examples=self.section.eval_max_examples,
         )
-        sums: dict[int, torch.Tensor] = {}
-        for number in self._hand(batches):
-            self.world.pulse.working(self.progress.step)
-            batch = batches[_shortest(batches) if number is None else number]
-            with trainee.autocast():
-                loss = trainee.loss_sum(batch.to(trainee.device))
-            if number is not None:
-                sums[number] = loss
+        work = self._work(batches, lambda _: self.world.pulse.working(self.progress.step), lambda loss: loss)
+        sums = trainee.strategy.losses(trainee.held, work)
         self.world.pulse.waiting()
         tokens = batches.trained_tokens
         return float(self._together(sums, len(batches)).sum()) / tokens, tokens

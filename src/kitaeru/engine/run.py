@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from kitaeru.data.prepare import Prepared
 from kitaeru.data.prepare import prepare as prepare_data
 from kitaeru.engine import checkpoint
-from kitaeru.engine.build import Trainee, build, hash_frozen
+from kitaeru.engine.build import Trainee, build
 from kitaeru.engine.loop import Loop
 from kitaeru.engine.result import write_result
 from kitaeru.engine.samples import Question, questions
@@ -37,6 +37,7 @@ from kitaeru.model.generate import Sampling, answer
 from kitaeru.model.load import config_dict, load_config
 from kitaeru.model.quiet import quiet_libraries
 from kitaeru.model.tokenizer import load_tokenizer
+from kitaeru.parallel.start import hash_frozen
 from kitaeru.parallel.world import World, lost_contact
 from kitaeru.plan.choose import default_seq_len, make_plan
 from kitaeru.plan.types import Plan

@@ -10,13 +10,15 @@ import torch
 
 from kitaeru.parallel import single
 from kitaeru.parallel.reducer import Reducer
-from kitaeru.parallel.types import Held, Named, Unit
+from kitaeru.parallel.start import same_start
+from kitaeru.parallel.types import Held, Named, Unit, Work
 from kitaeru.parallel.world import World
 from kitaeru.plan.types import Layout
 
 # Weights, gradients after `reduce`, and moments are whole and equal on every rank, as on one device.
-inside, norm, gather, scatter, model_state = (
+inside, losses, norm, gather, scatter, model_state = (
     single.inside,
+    single.losses,
     single.norm,
     single.gather,
     single.scatter,
@@ -41,11 +43,16 @@ def deal(tokens: Sequence[int], ranks: int) -> list[list[int | None]]:
 
 def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     """The model as it is, with eyes on the gradients."""
+    same_start(unit.model, named, world)
     return Held(world, unit, named, Reducer([parameter for _, parameter in named]))
 
 
-def backward(held: Held, loss: torch.Tensor, *, last: bool) -> None:
-    """Add the gradients; in the last backward pass each bucket of them is sent off once it is full."""
+def gradients(held: Held, work: Work) -> dict[int, torch.Tensor]:
+    """One micro-batch after the other; in the last backward pass each bucket is sent off once it is full."""
+    return single.in_turn(held, work, _backward)
+
+
+def _backward(held: Held, loss: torch.Tensor, last: bool) -> None:
     if last:
         held.state.start()
     loss.backward()

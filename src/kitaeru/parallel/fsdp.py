@@ -20,9 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from kitaeru.parallel import single
 from kitaeru.parallel.reducer import Reducer
+from kitaeru.parallel.single import losses as losses
 from kitaeru.parallel.single import squares
-from kitaeru.parallel.types import Held, Named, Unit
+from kitaeru.parallel.start import same_start
+from kitaeru.parallel.types import Held, Named, Unit, Work
 from kitaeru.parallel.world import World
 from kitaeru.plan.types import Layout
 
@@ -50,6 +53,7 @@ def deal(tokens: Sequence[int], ranks: int) -> list[list[int | None]]:
 
 def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     """Cut the weights into pieces, a layer at a time."""
+    same_start(unit.model, named, world)
     mesh = init_device_mesh(layout.device, (world.size,))
     whole = {parameter for _, parameter in named} if layout.method in ("lora", "qlora") else set()
     device = torch.device(layout.device, torch.cuda.current_device()) if layout.device == "cuda" else None
@@ -86,8 +90,12 @@ def inside(held: Held, function: Callable[[], T]) -> T:
     return result
 
 
-def backward(held: Held, loss: torch.Tensor, *, last: bool) -> None:
-    """Add the gradients; those of sharded weights are summed and cut up layer by layer, in each backward pass."""
+def gradients(held: Held, work: Work) -> dict[int, torch.Tensor]:
+    """One micro-batch after the other; gradients of sharded weights are summed and cut up layer by layer, each time."""
+    return single.in_turn(held, work, _backward)
+
+
+def _backward(held: Held, loss: torch.Tensor, last: bool) -> None:
     if last and held.state.reducer is not None:
         held.state.reducer.start()
     loss.backward()

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from kitaeru.parallel.types import Held, Named, Unit
+from kitaeru.parallel.types import Held, Named, Unit, Work
 from kitaeru.parallel.world import World
 from kitaeru.plan.types import Layout
 
@@ -29,9 +29,44 @@ def inside(held: Held, function: Callable[[], T]) -> T:
     return function()
 
 
-def backward(held: Held, loss: torch.Tensor, *, last: bool) -> None:
-    """Add the gradients."""
-    loss.backward()
+Backward = Callable[[Held, torch.Tensor, bool], None]
+
+
+def gradients(held: Held, work: Work) -> dict[int, torch.Tensor]:
+    """One micro-batch after the other."""
+    return in_turn(held, work, lambda _, loss, __: loss.backward())
+
+
+def in_turn(held: Held, work: Work, backward: Backward) -> dict[int, torch.Tensor]:
+    """A forward and a backward pass of each micro-batch; `backward` is given each loss, and whether it is the last."""
+    shares = {}
+    for place, number in enumerate(work.numbers):
+        work.begin(number)
+        with work.autocast():
+            share = work.share(held.unit(work.batch(number, device_of(held))))
+        if number is None:
+            share = share * 0
+        else:
+            shares[number] = share.detach()
+        backward(held, work.scale(share), place == len(work.numbers) - 1)
+    return shares
+
+
+def losses(held: Held, work: Work) -> dict[int, torch.Tensor]:
+    """One micro-batch after the other."""
+    shares = {}
+    for number in work.numbers:
+        work.begin(number)
+        with work.autocast():
+            share = work.share(held.unit(work.batch(number, device_of(held))))
+        if number is not None:
+            shares[number] = share
+    return shares
+
+
+def device_of(held: Held) -> torch.device:
+    """Where this rank computes: its weights may be elsewhere, its trained ones are not."""
+    return held.named[0][1].device
 
 
 def reduce(held: Held) -> None:

@@ -8,6 +8,7 @@ global batch, cut into the same micro-batches whatever the number of ranks; a st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -44,20 +45,40 @@ class Unit(nn.Module):
 class Held:
     """What this rank holds: the model, and the trained parameters (or its pieces of them) that it changes itself.
 
-    `named` has the same names in the same order on every rank. `state` is the strategy's own.
+    Names in `named` are those of the whole model, in its order; ranks may hold different ones. `state` is the
+    strategy's own. `devices` are those of this process where it has more than one.
     """
 
     world: World
     unit: Unit
     named: Named
     state: Any = None
+    devices: tuple[torch.device, ...] = ()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank computes of a global batch, or of a validation set.
+
+    `numbers` are its micro-batches, from `deal`; `tokens` the tokens of each of all. `batch(number, device)` makes one
+    (None: the shortest). `begin(number)` is called before each pass, `autocast()` around the forward ones. `share`
+    turns a loss sum into what is differentiated, which `scale` scales.
+    """
+
+    numbers: Sequence[int | None]
+    tokens: Sequence[int]
+    batch: Callable[[int | None, torch.device], MicroBatch]
+    begin: Callable[[int | None], None]
+    autocast: Callable[[], AbstractContextManager[None]]
+    share: Callable[[torch.Tensor], torch.Tensor]
+    scale: Callable[[torch.Tensor], torch.Tensor]
 
 
 class Strategy(Protocol):
     """The functions of a strategy's module."""
 
-    def deal(self, tokens: Sequence[int], ranks: int) -> list[list[int | None]]:
-        """Which micro-batches each rank computes, by number, given the tokens of each.
+    def deal(self, tokens: Sequence[int], replicas: int) -> list[list[int | None]]:
+        """Which micro-batches each copy of the model computes, by number, given the tokens of each.
 
         None: a micro-batch that only keeps the rank in step with the others and counts for nothing.
         """
@@ -71,8 +92,12 @@ class Strategy(Protocol):
         """Call a function that uses the model's weights; every rank calls the same one at the same time."""
         ...
 
-    def backward(self, held: Held, loss: torch.Tensor, *, last: bool) -> None:
-        """Add this micro-batch's gradients. `last`: it is the rank's last of the global batch."""
+    def gradients(self, held: Held, work: Work) -> dict[int, torch.Tensor]:
+        """Add the gradients of this rank's part of the work; `share` of each micro-batch whose loss it has seen."""
+        ...
+
+    def losses(self, held: Held, work: Work) -> dict[int, torch.Tensor]:
+        """The same without gradients."""
         ...
 
     def reduce(self, held: Held) -> None:
@@ -84,7 +109,9 @@ class Strategy(Protocol):
         ...
 
     def gather(self, held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The whole of parameter `name`, or of a tensor of the same shape (a moment), on the CPU of every rank."""
+        """The whole of parameter `name`, or of a tensor of the same shape (a moment), on the CPU of every rank that has
+        a piece of it.
+        """
         ...
 
     def scatter(self, held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -92,5 +119,5 @@ class Strategy(Protocol):
         ...
 
     def model_state(self, held: Held) -> dict[str, torch.Tensor]:
-        """Every weight and buffer of the model, whole, by name; what is in pieces is on the CPU."""
+        """On the main process every weight and buffer of the model, whole, by name; what was in pieces on the CPU."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -49,13 +49,34 @@ class World:
         """Whether it is so on any rank."""
         return bool(self.sum(torch.tensor([int(value)])).item()) if self.size > 1 else value
 
-    def max(self, value: int) -> int:
-        """The largest of all ranks."""
-        if self.size == 1:
-            return value
-        slots = torch.zeros(self.size, dtype=torch.int64)
-        slots[self.rank] = value
-        return int(self.sum(slots).max())
+    def numbers(self, values: Sequence[int]) -> list[int]:
+        """All numbers of all ranks, in the order of the ranks; each gives as many."""
+        slots = torch.zeros(self.size, len(values), dtype=torch.int64)
+        slots[self.rank] = torch.tensor(values)
+        return [int(value) for value in self.sum(slots).flatten()]
+
+    def each_of(self, value: T) -> list[T]:
+        """What each rank gave; small, since it is pickled."""
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def united(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """On the main process its own CPU tensors and those that only others have; on the others their own."""
+        outlines = self.each_of({name: (t.shape, t.dtype) for name, t in tensors.items()})
+        seen, whole = set(outlines[0]), dict(tensors)
+        for rank, outline in enumerate(outlines):
+            for name in sorted(outline.keys() - seen):
+                seen.add(name)
+                if self.rank == rank and tensors[name].numel():
+                    dist.send(_raw(tensors[name]), 0)
+                elif self.main:
+                    shape, dtype = outline[name]
+                    whole[name] = torch.empty(shape, dtype=dtype)
+                    if whole[name].numel():
+                        dist.recv(_raw(whole[name]), rank)
+        return whole
 
     def said(self, value: T) -> T:
         """What the main process gave; the others give anything."""
@@ -71,15 +92,18 @@ class World:
         for name, shape, dtype in outline:
             tensor = tensors[name] if self.main else torch.empty(shape, dtype=dtype)
             if self.size > 1 and tensor.numel():
-                # As bytes: gloo does not carry every dtype, and carries these unchanged.
-                raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-                dist.broadcast(raw, src=0)
+                dist.broadcast(_raw(tensor), src=0)
             yield name, tensor
 
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
             self.sum(torch.zeros(1))
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    """Its bytes: gloo does not carry every dtype, and carries these unchanged."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def join(

@@ -24,10 +24,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kitaeru.data.batches import micro_batches
 from kitaeru.engine import build as building
-from kitaeru.engine.build import check_packing, hash_frozen
+from kitaeru.engine.build import check_packing
 from kitaeru.errors import TrainingError
 from kitaeru.model import attention
 from kitaeru.model.head import distance, forward_arguments, plain_loss
+from kitaeru.parallel.start import hash_frozen
 
 SIZE = {
     "vocab_size": 16384,

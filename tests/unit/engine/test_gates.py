@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from kitaeru.engine.build import hash_frozen
 from kitaeru.engine.gates import SPIKE_WINDOW, LossWatch, gradient_gate
 from kitaeru.errors import TrainingError
 from kitaeru.events import read
+from kitaeru.parallel.start import hash_frozen
 from kitaeru.recipe.types import TrainSection
 
 
@@ -102,7 +102,7 @@ def test_an_a_that_never_learns_stops_the_second_step(training, tiny_model, chat
 def poison(made, step):
     """Make the first example of the batch of `step` give a loss that is not a number; its place in the file."""
     chosen = []
-    original, loss_sum = made.loop._split, made.trainee.loss_sum
+    original, loss_sum = made.loop._split, made.trainee.held.unit.loss_sum
 
     def split(indices):
         chosen.append(indices[0])
@@ -112,7 +112,7 @@ def poison(made, step):
         hit = len(chosen) == step and chosen[-1] in batch.examples
         return loss_sum(batch) * (math.nan if hit else 1.0)
 
-    made.loop._split, made.trainee.loss_sum = split, poisoned
+    made.loop._split, made.trainee.held.unit.loss_sum = split, poisoned
     return lambda: str(made.data.train.origin(chosen[step - 1]))
 
 

@@ -241,7 +241,7 @@ def test_a_scaled_loss_trains_like_an_unscaled_one(start):
 
 def test_the_loss_function_may_be_any(start):
     ours, plain = start(), start()
-    plain.trainee.loss_sum = plain_loss(plain.trainee.causal_lm)
+    plain.trainee.held.unit.loss_sum = plain_loss(plain.trainee.causal_lm)
     ours.run()
     plain.run()
     assert ours.losses == pytest.approx(plain.losses, rel=1e-6)
