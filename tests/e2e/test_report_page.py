@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from kitaeru.cli import main
 from kitaeru.report import write_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -84,7 +85,22 @@ def test_the_tooltip_shows_step_and_values(made: ModuleType, tmp_path: Path, bro
 
 @pytest.mark.parametrize("name", ["finished", "resumed", "killed", "begun"])
 def test_a_phone_does_not_scroll_sideways(made: ModuleType, tmp_path: Path, browse: Browse, name: str) -> None:
-    page = write_page(getattr(made, name)(tmp_path / name))
+    _fits_a_phone(write_page(getattr(made, name)(tmp_path / name)), browse)
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_advice_fits_a_phone_and_prints(tmp_path: Path, browse: Browse, language: str) -> None:
+    page = tmp_path / "advice.html"
+    words = ["advise", "Qwen/Qwen3-14B", "--gpus", "2x RTX A5000", "--ram", "128GB", "-o", str(page)]
+    assert main([*words, "--lang", language]) == 0
+    assert '<button type="button" class="copy">' in browse(page, "--dump-dom")
+    _fits_a_phone(page, browse)
+    pdf = tmp_path / "advice.pdf"
+    browse(page, f"--print-to-pdf={pdf}", "--no-pdf-header-footer")
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes())) <= 10
+
+
+def _fits_a_phone(page: Path, browse: Browse) -> None:
     # A window cannot be as narrow as a phone; a frame can.
     script = """
         const frame = document.createElement("iframe");

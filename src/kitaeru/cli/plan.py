@@ -59,10 +59,10 @@ def run(
     shape = find_shape(recipe.model.name)
     before = None
     if what_if_:
-        before = survey(recipe, hardware, shape, _facts(recipe, shape, target, data))
+        before = survey(recipe, hardware, shape, measured_facts(recipe, shape, data))
         for text in what_if_:
             recipe, hardware = what_if(text, recipe, hardware)
-    found = survey(recipe, hardware, shape, _facts(recipe, shape, target, data))
+    found = survey(recipe, hardware, shape, measured_facts(recipe, shape, data))
     if output is not None:
         _write(output, found)
     if json_:
@@ -95,7 +95,7 @@ def _recipe(target: str, data: list[str], seq_len: int | None, overrides: list[s
     return effective.recipe
 
 
-def _facts(recipe: Recipe, shape: ModelShape, target: str, data: list[str] | None) -> DataFacts | None:
+def measured_facts(recipe: Recipe, shape: ModelShape, data: list[str] | None) -> DataFacts | None:
     """Lengths of the data where `--data` names some; a recipe's own is not waited for."""
     if not data:
         return None

@@ -22,20 +22,28 @@ def table(
     numbers: Iterable[int] = (),
     raw: bool = False,
     stack: bool = False,
+    labelled: bool = False,
 ) -> str:
-    """A table; columns in `numbers` are set to the right, `raw` cells are HTML already, `stack` folds on a phone."""
+    """A table; columns in `numbers` are set to the right, `raw` cells are HTML already, `stack` folds on a phone, where
+    `labelled` cells say the name of their column.
+    """
     right = set(numbers)
 
+    def look(tag: str, column: int) -> str:
+        label = f' data-label="{escape(head[column])}"' if labelled and tag == "td" and column else ""
+        return (' class="n"' if column in right else "") + label
+
     def cells(tag: str, texts: Sequence[str], done: bool) -> str:
-        looks = (' class="n"' if i in right else "" for i in range(len(texts)))
+        looks = (look(tag, i) for i in range(len(texts)))
         return "".join(
-            f"<{tag}{look}>{text if done else escape(text)}</{tag}>" for look, text in zip(looks, texts, strict=True)
+            f"<{tag}{attributes}>{text if done else escape(text)}</{tag}>"
+            for attributes, text in zip(looks, texts, strict=True)
         )
 
     body = "".join(f"<tr>{cells('td', row, raw)}</tr>" for row in rows)
-    look = ' class="stack"' if stack else ""
+    folds = ' class="stack"' if stack else ""
     return (
-        f'<div class="scroll"><table{look}><thead><tr>{cells("th", head, False)}</tr></thead>'
+        f'<div class="scroll"><table{folds}><thead><tr>{cells("th", head, False)}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

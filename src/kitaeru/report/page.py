@@ -15,6 +15,7 @@ from kitaeru.files import write_atomic
 from kitaeru.i18n import tr
 from kitaeru.plan.types import Plan
 from kitaeru.report import sections
+from kitaeru.report.advice.next import next_change
 from kitaeru.report.document import html_document
 from kitaeru.report.history import History
 from kitaeru.report.wording import outcome_text, run_name
@@ -52,6 +53,7 @@ def page(past: History, plan: Plan | None, recipe: str, run_dir: Path) -> str:
             sections.samples(past),
             sections.data(past, plan),
             sections.plan(past, plan),
+            next_change(run_dir),
             sections.notices(past),
             sections.checkpoints(past),
             sections.environment(past),

@@ -23,6 +23,7 @@ from kitaeru.report.wording import (
     number_text,
     percent_text,
     rate_text,
+    round_two,
     split_text,
     value_text,
 )
@@ -191,7 +192,7 @@ def _cards(past: History, plan: Plan | None) -> list[str]:
     if steps:
         share = sum(s.trained_tokens for s in steps) / max(1, past.tokens)
         cards.append(card(tr("Tokens"), count_text(past.tokens), tr("{share} trained", share=percent_text(share))))
-        cards.append(card(tr("Speed"), count_text(past.tokens_per_second), tr("tokens/s, median of the steps")))
+        cards.append(card(tr("Speed"), count_text(past.tokens_per_second), _speed_note(plan)))
         cards.append(card(tr("Peak memory"), bytes_text(past.peak_bytes), _against(past.peak_bytes, plan)))
     cards.append(card(tr("Time"), duration_text(past.seconds), _starts(past)))
     if started and started.total_parameters:
@@ -207,6 +208,15 @@ def _against(measured: int, plan: Plan | None) -> str:
     predicted = plan.chosen.peak_bytes
     difference = f"{100 * (measured - predicted) / predicted:+.1f} %"
     return tr("predicted {size}, off by {difference}", size=bytes_text(predicted), difference=difference)
+
+
+def _speed_note(plan: Plan | None) -> str:
+    note = tr("tokens/s, median of the steps")
+    speed = plan.chosen.speed if plan else None
+    if speed is None:
+        return note
+    low, high = (count_text(round_two(rate)) for rate in (speed.low, speed.high))
+    return note + " · " + tr("predicted {low} to {high}", low=low, high=high)
 
 
 def _starts(past: History) -> str:
