@@ -1,0 +1,132 @@
+"""Predictions against what was measured (benchmarks/planner_grid.py): today's planner over yesterday's table."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kitaeru.hardware import Hardware, parse_gpus
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+MEASURED = BENCHMARKS / "results" / "planner-grid-h100.csv"
+# How far a prediction may be from what was measured.
+MEMORY, PROCESS, TIME_MEDIAN, TIME_WORST = 0.03, 0.05, 0.10, 0.20
+
+
+def _script() -> ModuleType:
+    name = "planner_grid"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / "planner_grid.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+grid = _script()
+
+
+def test_every_point_can_be_planned_as_it_is_pinned() -> None:
+    h100 = parse_gpus("H100 SXM")
+    points = grid._points()
+    assert len(points) == len(set(points)) >= 40
+    assert {point.model for point in points[:7]} == set(grid.MODELS) - {"gemma-2-2b"}
+    assert {point.method for point in points} == {"full", "lora", "qlora"}
+    assert {point.seq_len for point in points} >= {512, 2048, 4096, 8192, 16384}
+    for point in points:
+        plan = grid.planned(point, h100)
+        assert plan.layout.micro_batch_tokens == (point.tokens or plan.layout.micro_batch_tokens)
+        assert point.activations in ("auto", plan.layout.activations)
+        assert plan.layout.base == (
+            "int8" if point.quantize == "int8" else "nf4" if point.method == "qlora" else "none"
+        )
+        if point.cap_gib:
+            assert plan.chosen.peak_bytes < point.cap_gib * grid.GIB
+        told = grid.predicted(plan)
+        assert told["predicted_low"] <= told["predicted_seconds"] <= told["predicted_high"]
+
+
+def test_the_choice_is_among_what_is_measured_exhaustively() -> None:
+    h100 = parse_gpus("H100 SXM")
+    points = grid._exhaustive()
+    pinned = {(p.method, p.activations, p.tokens) for p in points if p.tokens}
+    for point in points:
+        if not point.tokens:
+            layout = grid.planned(point, h100).layout
+            assert (layout.method, layout.activations, layout.micro_batch_tokens) in pinned
+
+
+def test_a_row_comes_back_as_its_point(tmp_path: Path) -> None:
+    point = grid._points()[1]
+    grid.append(tmp_path / "grid.csv", grid.asdict(point) | {"error": "none"})
+    assert grid.point_of(grid.rows_of(tmp_path / "grid.csv")[0]) == point
+
+
+def test_a_point_is_measured_with_the_engine(tmp_path: Path) -> None:
+    """Small sizes on the CPU: the script keeps up with the engine."""
+    small = parse_gpus("none", "16GB", cores=2)
+    point = grid.Point("qwen3-0.6b", 28, "qlora", "recompute", 2048, 2048)
+    row = grid.measure(point, small, tmp_path / "model", small=True, warm=1, timed=1)
+    assert row["tokens"] == 32
+    assert row["seconds"] > 0
+    assert row["allocated_bytes"] > row["predicted_bytes"] / 4
+    assert row["layout"] == "single/qlora/recompute/32"
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float | str]]:
+    """Each good row, with what today's planner says of its point on the machine that was measured."""
+    if not MEASURED.exists():
+        pytest.skip("no grid has been measured yet")
+    data = tmp_path_factory.mktemp("data")
+    shutil.copy(MEASURED.with_suffix(".profile.json"), data / "profile.json")
+    machine = Hardware.load(MEASURED.with_suffix(".machine.json"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KITAERU_DATA", str(data))
+        return [
+            row | grid.predicted(grid.planned(grid.point_of(row), machine))
+            for row in grid.rows_of(MEASURED)
+            if not row["error"]
+        ]
+
+
+def _off(rows: list[dict[str, float | str]], before: str, after: str) -> dict[str, float]:
+    found = {}
+    for row in rows:
+        if row[after]:
+            name = "/".join(str(row[field]) for field in ("model", "layers", "layout", "seq_len", "step", "cap_gib"))
+            found[name] = abs(float(row[before]) / float(row[after]) - 1)
+    return found
+
+
+def test_there_are_enough_points(replayed: list[dict[str, float | str]]) -> None:
+    assert len(replayed) >= 40
+
+
+def test_the_layouts_are_those_that_were_measured(replayed: list[dict[str, float | str]]) -> None:
+    """A point that leaves the choice open is compared only as long as the choice is the same."""
+    measured = {row["layout"] for row in grid.rows_of(MEASURED) if not row["error"]}
+    assert {row["layout"] for row in replayed} == measured
+
+
+def test_peak_memory(replayed: list[dict[str, float | str]]) -> None:
+    off = _off(replayed, "predicted_bytes", "allocated_bytes")
+    assert {name: f"{by:.1%}" for name, by in off.items() if by > MEMORY} == {}
+
+
+def test_memory_of_the_process(replayed: list[dict[str, float | str]]) -> None:
+    off = _off(replayed, "predicted_process_bytes", "process_bytes")
+    assert {name: f"{by:.1%}" for name, by in off.items() if by > PROCESS} == {}
+
+
+def test_step_time(replayed: list[dict[str, float | str]]) -> None:
+    off = _off(replayed, "predicted_seconds", "seconds")
+    assert {name: f"{by:.1%}" for name, by in off.items() if by > TIME_WORST} == {}
+    assert statistics.median(off.values()) <= TIME_MEDIAN
