@@ -217,7 +217,7 @@ PREDICTED = (
     "predicted_low",
     "predicted_high",
 )
-MEASURED = ("allocated_bytes", "reserved_bytes", "process_bytes", "seconds", "tokens", "error")
+MEASURED = ("allocated_bytes", "reserved_bytes", "process_bytes", "seconds", "step_tokens", "error")
 FIELDS = (*(field.name for field in fields(Point)), *PREDICTED, *MEASURED, "device", "torch", "date")
 
 
@@ -286,7 +286,7 @@ def measure(point: Point, hardware: Hardware, folder: Path, *, small: bool, warm
     while len(steps) < warm + timed and (len(steps) < 2 or time.time() - began < PATIENCE_SECONDS):
         loop._step()
     row["seconds"] = round(statistics.median(step.seconds for step in steps[min(warm, len(steps) // 2) :]), 5)
-    row["tokens"] = steps[-1].tokens
+    row["step_tokens"] = steps[-1].tokens
     if on_gpu:
         row["allocated_bytes"] = torch.cuda.max_memory_allocated()
         row["reserved_bytes"] = torch.cuda.max_memory_reserved()
@@ -466,7 +466,7 @@ def told(row: dict[str, Any]) -> str:
     memory = float(row["predicted_bytes"]) / float(row["allocated_bytes"]) - 1
     seconds = float(row["predicted_seconds"]) / float(row["seconds"]) - 1
     gib = float(row["allocated_bytes"]) / GIB
-    rate = float(row["tokens"]) / float(row["seconds"])
+    rate = float(row["step_tokens"]) / float(row["seconds"])
     took = f"{float(row['seconds']):.3f} s, planned {seconds:+.1%}; {rate:,.0f} tokens/s"
     return f"{row['layout']}: {gib:.2f} GiB, planned {memory:+.1%}; {took}"
 
@@ -491,10 +491,10 @@ def choices(rows: list[dict[str, str]]) -> str:
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         good = [row for row in rows if row["method"] == method and not row["error"]]
-        taken = next((row for row in good if row["tokens"] and row["activations"] == "auto"), None)
+        taken = next((row for row in good if row["activations"] == "auto"), None)
         if taken is None:
             continue
-        rate = {row["layout"]: float(row["tokens"]) / float(row["seconds"]) for row in good}
+        rate = {row["layout"]: float(row["step_tokens"]) / float(row["seconds"]) for row in good}
         best, mine = max(rate, key=lambda layout: rate[layout]), taken["layout"]
         text = (
             f"{method}: took {mine} ({rate[mine]:,.0f} tokens/s), the best of {len(rate)} is {best} ({rate[best]:,.0f})"
@@ -533,6 +533,8 @@ def main() -> None:
         if ended and left:  # the process died: this point is to blame
             append(arguments.out, asdict(left[0]) | {"error": f"the process ended with code {ended}"})
             left = left[1:]
+        elif len(left) == len(missing):
+            break
         missing = left
     rows = rows_of(arguments.out)
     print(summary(rows))

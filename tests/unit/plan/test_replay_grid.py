@@ -65,7 +65,9 @@ def test_the_choice_is_among_what_is_measured_exhaustively() -> None:
 
 def test_a_row_comes_back_as_its_point(tmp_path: Path) -> None:
     point = grid._points()[1]
-    grid.append(tmp_path / "grid.csv", grid.asdict(point) | {"error": "none"})
+    row = grid.asdict(point) | {name: 1 for name in (*grid.PREDICTED, *grid.MEASURED)}
+    assert row.keys() <= set(grid.FIELDS)
+    grid.append(tmp_path / "grid.csv", row)
     assert grid.point_of(grid.rows_of(tmp_path / "grid.csv")[0]) == point
 
 
@@ -74,7 +76,7 @@ def test_a_point_is_measured_with_the_engine(tmp_path: Path) -> None:
     small = parse_gpus("none", "16GB", cores=2)
     point = grid.Point("qwen3-0.6b", 28, "qlora", "recompute", 2048, 2048)
     row = grid.measure(point, small, tmp_path / "model", small=True, warm=1, timed=1)
-    assert row["tokens"] == 32
+    assert row["step_tokens"] == 32
     assert row["seconds"] > 0
     assert row["allocated_bytes"] > row["predicted_bytes"] / 4
     assert row["layout"] == "single/qlora/recompute/32"
