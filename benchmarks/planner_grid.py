@@ -186,7 +186,7 @@ def wish_of(point: Point, folder: str, *, small: bool = False) -> tuple[Recipe, 
         limits["micro_batch_tokens"] = tokens
     if point.activations != "auto":
         limits["checkpointing"] = point.activations == "recompute"
-    if point.cap_gib and not small:
+    if point.cap_gib and not tokens and not small:  # what is pinned is tried whether the planner thinks it fits or not
         limits["memory_gb"] = point.cap_gib * GIB / 1e9
     wish = Recipe.model_validate(
         {

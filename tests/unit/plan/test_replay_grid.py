@@ -65,7 +65,8 @@ def test_the_choice_is_among_what_is_measured_exhaustively() -> None:
 
 def test_a_row_comes_back_as_its_point(tmp_path: Path) -> None:
     point = grid._points()[1]
-    row = grid.asdict(point) | {name: 1 for name in (*grid.PREDICTED, *grid.MEASURED)}
+    row = grid.asdict(point) | dict.fromkeys((*grid.PREDICTED, *grid.MEASURED), 1)
+    assert len(grid.FIELDS) == len(set(grid.FIELDS))
     assert row.keys() <= set(grid.FIELDS)
     grid.append(tmp_path / "grid.csv", row)
     assert grid.point_of(grid.rows_of(tmp_path / "grid.csv")[0]) == point
