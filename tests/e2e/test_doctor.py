@@ -84,3 +84,16 @@ def test_a_machine_short_of_shared_memory_locked_memory_files_and_disk(in_tmp: P
     assert "/dev/shm has only 34 MB." in told
     assert "512 files" in told
     assert examined["facts"]["limits"]["memlock_bytes"] == 65536
+
+
+def test_training_under_accelerate_is_checked(in_tmp: Path) -> None:
+    done = run(*KITAERU, "doctor", "--train", "--only", "2", "--json", cwd=in_tmp)
+    [check] = json.loads(done.stdout)["checks"]
+    assert (check["number"], check["passed"]) == (2, True), check
+    assert "losses as of one" in check["detail"]
+
+
+def test_a_check_that_does_not_exist(in_tmp: Path) -> None:
+    done = run(*KITAERU, "doctor", "--train", "--only", "7", cwd=in_tmp)
+    assert done.returncode == 2
+    assert "from 1 to 6" in done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -11,7 +13,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from kitaeru.api.proofs import CHECKS, Proof, prove
 from kitaeru.cli.text import console, hanging
+from kitaeru.errors import UsageError
 from kitaeru.i18n import N_, tr
 from kitaeru.machine.doctor import Examined, examine
 from kitaeru.machine.findings import Finding
@@ -26,17 +30,53 @@ def run(
     json_: Annotated[
         bool, Parameter(name="--json", negative="", help=N_("Print JSON: all facts, trials and findings."))
     ] = False,
+    train: Annotated[
+        bool, Parameter(negative="", help=N_("Also train: six checks with the bundled model, a minute or two."))
+    ] = False,
+    only: Annotated[
+        list[int] | None, Parameter(help=N_("With --train: only the check of this number. Repeatable."))
+    ] = None,
 ) -> int:
     """Examine this machine; 0 when it is healthy, 1 when something would make training fail."""
     out = console()
+    wrong = [number for number in only or () if not 1 <= number <= len(CHECKS)]
+    if wrong or (only and not train):
+        raise UsageError(
+            tr("`--only` takes numbers from 1 to {count}, with `--train`.", count=len(CHECKS)),
+            remedy="kitaeru doctor --train --only 4",
+        )
     if json_:
-        examined = examine()
-        print(json.dumps(examined.to_dict(), ensure_ascii=False, indent=2))
+        examined, proofs = examine(), list(prove(only or ())) if train else []
+        answer = examined.to_dict() | ({"checks": [asdict(proof) for proof in proofs]} if train else {})
+        print(json.dumps(answer, ensure_ascii=False, indent=2))
     else:
         with console(stderr=True).status(tr("Looking at this machine, and trying what must be tried …")):
             examined = examine()
         show(out, examined)
-    return 0 if examined.healthy else 1
+        proofs = show_proofs(out, only or ()) if train else []
+    failed = any(proof.passed is False for proof in proofs)
+    return 0 if examined.healthy and not failed else 1
+
+
+def show_proofs(out: Console, only: Sequence[int] = ()) -> list[Proof]:
+    """The six checks, each printed when it is done."""
+    out.print()
+    out.print(Prose(tr("Six checks, with the bundled model"), "bold"))
+    proofs = []
+    with console(stderr=True).status(tr("Training …")):
+        for proof in prove(only):
+            proofs.append(proof)
+            mark, style = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("–", "dim")}[proof.passed]
+            head = Text.assemble((f"{mark} {proof.number} {proof.title}", style), (f"  {proof.seconds:.1f} s", "dim"))
+            out.print(head)
+            out.print(Padding(Prose(proof.detail, "dim"), (0, 0, 0, 4)))
+    out.print()
+    failed = sum(1 for proof in proofs if proof.passed is False)
+    passed, seconds = sum(1 for p in proofs if p.passed), sum(p.seconds for p in proofs)
+    text = tr("{passed} passed, {failed} failed, {skipped} could not be made here, in {seconds:.0f} s.", passed=passed,
+              failed=failed, skipped=len(proofs) - passed - failed, seconds=seconds)  # fmt: skip
+    out.print(Prose(text, "bold red" if failed else "bold green"))
+    return proofs
 
 
 def show(out: Console, examined: Examined) -> None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kitaeru.machine.attempt import HUNG, attempt, end_group
 from kitaeru.machine.facts import Torch
 from kitaeru.machine.probe import read_text
 
@@ -129,7 +129,7 @@ def run_trials(environment: Mapping[str, str] | None = None, seconds: float = _W
         try:
             _, said = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            _end(child.pid)
+            end_group(child.pid)
             said = ""
         answer = Path(folder) / "answer.json"
         if not answer.is_file():
@@ -148,12 +148,6 @@ def _from_json(value: dict[str, Any]) -> Trials:
     )
 
 
-def _end(group: int) -> None:
-    """End a process that leads a session of its own, and all that it started."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
-
-
 # --- in the process of the trials -------------------------------------------------------------------------------------
 
 
@@ -166,12 +160,12 @@ def main(folder: Path) -> None:
         new.write_text(json.dumps(found), encoding="utf-8")
         new.replace(folder / "answer.json")
 
-    torch = _attempt(folder, 1, {}, _torch)[0]
+    torch = attempt(folder, 1, {}, _torch, seconds=_ATTEMPT_SECONDS)[0]
     found["torch"] = torch if isinstance(torch, dict) else asdict(Torch(error=str(torch)))
     tell()
     devices = found["torch"]["devices"]
     for gpu in range(devices):
-        answer = _attempt(folder, 1, {}, _load, gpu)[0]
+        answer = attempt(folder, 1, {}, _load, gpu, seconds=_ATTEMPT_SECONDS)[0]
         found["loads"].append(answer if isinstance(answer, dict) else asdict(Load(gpu, error=str(answer))))
         tell()
     for a in range(devices):
@@ -190,13 +184,13 @@ def main(folder: Path) -> None:
 
 
 def _tried_sum(folder: Path, transport: str, backend: str, ranks: int) -> dict[str, Any]:
-    answers = _attempt(folder, ranks, TRANSPORTS.get(transport, {}), _sum, backend)
+    answers = attempt(folder, ranks, TRANSPORTS.get(transport, {}), _sum, backend, seconds=_ATTEMPT_SECONDS)
     facts: dict[str, Any] = {"transport": transport, "backend": backend, "ranks": ranks}
     whole = [answer for answer in answers if isinstance(answer, dict)]
     if len(whole) < len(answers):
         # The rank that failed says why; the one that waited for it only that it did.
-        errors = sorted((str(a) for a in answers if not isinstance(a, dict)), key=lambda e: (e == _HUNG, len(e)))
-        hung = errors[0] == _HUNG
+        errors = sorted((str(a) for a in answers if not isinstance(a, dict)), key=lambda e: (e == HUNG, len(e)))
+        hung = errors[0] == HUNG
         return asdict(Sum(**facts, hung=hung, error="" if hung else errors[0]))
     seconds = max(answer["seconds"] for answer in whole)
     wrong = any(answer["wrong"] for answer in whole)
@@ -205,76 +199,11 @@ def _tried_sum(folder: Path, transport: str, backend: str, ranks: int) -> dict[s
 
 
 def _tried_copy(folder: Path, a: int, b: int, direct: bool) -> dict[str, Any]:
-    answer = _attempt(folder, 1, {}, _copy, a, b, direct)[0]
+    answer = attempt(folder, 1, {}, _copy, a, b, direct, seconds=_ATTEMPT_SECONDS)[0]
     if isinstance(answer, dict):
         return answer
-    hung = answer == _HUNG
+    hung = answer == HUNG
     return asdict(Copy(a, b, direct, hung=hung, error="" if hung else str(answer)))
-
-
-_HUNG = "hung"
-
-
-def _attempt(
-    folder: Path, ranks: int, environment: Mapping[str, str], function: Callable[..., dict[str, Any]], *arguments: Any
-) -> list[dict[str, Any] | str]:
-    """`function(rank, ranks, store, *arguments)` in `ranks` forks; what each gave, or why it gave nothing."""
-    store = Path(tempfile.mkdtemp(dir=folder))
-    children = {}
-    for rank in range(ranks):
-        pid = os.fork()
-        if pid == 0:
-            _inside(store, rank, ranks, environment, function, arguments)
-        children[pid] = rank
-    end = time.monotonic() + _ATTEMPT_SECONDS
-    left = dict(children)
-    codes: dict[int, int] = {}
-    while left and time.monotonic() < end:
-        for pid in list(left):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[left.pop(pid)] = os.waitstatus_to_exitcode(status)
-        # Whoever waits for one that failed would wait for ever.
-        if any(codes.values()):
-            end = min(end, time.monotonic() + 2)
-        time.sleep(0.01)
-    for pid in left:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    answers: list[dict[str, Any] | str] = []
-    for rank in range(ranks):
-        said = store / f"answer-{rank}"
-        if said.is_file():
-            answers.append(json.loads(said.read_text(encoding="utf-8")))
-        else:
-            answers.append(f"exit code {codes[rank]}" if rank in codes else _HUNG)
-    return answers
-
-
-def _inside(
-    store: Path,
-    rank: int,
-    ranks: int,
-    environment: Mapping[str, str],
-    function: Callable[..., dict[str, Any]],
-    arguments: tuple[Any, ...],
-) -> None:
-    """The life of a fork."""
-    code = 1
-    try:
-        os.environ.update(environment)
-        answer: dict[str, Any] | str
-        try:
-            answer = function(rank, ranks, store, *arguments)
-            code = 0
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            answer = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-        new = store / f"new-{rank}"
-        new.write_text(json.dumps(answer), encoding="utf-8")
-        new.replace(store / f"answer-{rank}")
-    finally:
-        os._exit(code)
 
 
 def _torch(rank: int, ranks: int, store: Path) -> dict[str, Any]:

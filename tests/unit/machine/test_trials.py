@@ -14,8 +14,9 @@ from kitaeru.machine.trials import run_trials
 FORKS = """
 import json, os, sys, time
 from pathlib import Path
-from kitaeru.machine import trials
-trials._ATTEMPT_SECONDS = 1.0
+from functools import partial
+from kitaeru.machine.attempt import attempt
+attempt = partial(attempt, seconds=1.0)
 def good(rank, ranks, store, word):
     return {"rank": rank, "word": word, "variable": os.environ.get("NCCL_TEST", "")}
 def bad(rank, ranks, store):
@@ -28,10 +29,10 @@ def stuck(rank, ranks, store):
     time.sleep(60)
 folder = Path(sys.argv[1])
 answers = [
-    trials._attempt(folder, 2, {"NCCL_TEST": "x"}, good, "hi"),
-    trials._attempt(folder, 2, {}, bad),
-    trials._attempt(folder, 1, {}, dead),
-    trials._attempt(folder, 1, {}, stuck),
+    attempt(folder, 2, {"NCCL_TEST": "x"}, good, "hi"),
+    attempt(folder, 2, {}, bad),
+    attempt(folder, 1, {}, dead),
+    attempt(folder, 1, {}, stuck),
     os.environ.get("NCCL_TEST", ""),
 ]
 print(json.dumps(answers))
