@@ -59,8 +59,8 @@ class TrainingConfig:
             that is needed to fit.
         optim: `adamw`, `adamw_8bit`, `paged_adamw_8bit`, `lion` or `adafactor`.
         seed: of data order, initial adapter weights and dropout.
-        recipe: anything else of a recipe by its path, for example `{"train.neftune_alpha": 5.0}`. It comes last
-            and wins. All fields: `kitaeru recipe explain`.
+        recipe: anything else of a recipe by its path, as `{"train.neftune_alpha": 5.0}`, or as the command line has
+            it: `["train.neftune_alpha=5"]`. It comes last and wins. All fields: `kitaeru recipe explain`.
 
     Raises:
         UsageError: values that contradict each other.
@@ -87,7 +87,7 @@ class TrainingConfig:
     gradient_checkpointing: bool | None = None
     optim: str | None = None
     seed: int | None = None
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] | Sequence[str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.check()

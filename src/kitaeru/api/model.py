@@ -85,6 +85,11 @@ class JapaneseModel:
             raise UsageError(
                 tr("`load_in_4bit` and `load_in_8bit` are both asked for."), remedy=tr("Leave one of them out.")
             )
+        if load_in_8bit and offload_folder is not None:
+            raise UsageError(
+                tr("A model in 8 bits cannot have parts on disk."),
+                remedy=tr("Take load_in_4bit with offload_folder, or leave the folder out."),
+            )
         self.model_name = str(model_name)
         self.device_map = device_map
         self.load_in_4bit, self.load_in_8bit = load_in_4bit, load_in_8bit
@@ -143,14 +148,18 @@ class JapaneseModel:
 
             quiet_libraries()
             device_map = self.device_map
-            model = load_to_answer(
-                self.section,
-                base=self.base,
-                precision=self.precision or _usual_precision(device_map),
-                device_map=device_map if isinstance(device_map, str) else _as_map(device_map),
-                max_memory=self._room(),
-                offload_folder=self.offload_folder,
-            )
+            precision = self.precision or _usual_precision(device_map)
+            if self.load_in_4bit and self.offload_folder is not None and not self._fits(precision):
+                model = self._from_disk(precision, self.offload_folder)
+            else:
+                model = load_to_answer(
+                    self.section,
+                    base=self.base,
+                    precision=precision,
+                    device_map=device_map if isinstance(device_map, str) else _as_map(device_map),
+                    max_memory=self._room(),
+                    offload_folder=self.offload_folder,
+                )
             if self.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self._model = put_on(model, self.adapter) if self.adapter is not None else model
@@ -208,6 +217,34 @@ class JapaneseModel:
 
         found = [SupportedModel(e.name, ModelShape.from_config(e.config, e.name).parameters()) for e in catalogue()]
         return sorted(found, key=lambda model: (model.parameters, model.name))
+
+    def _fits(self, precision: Precision) -> bool:
+        """Whether the weights in 4 bits find room on the GPUs (without one, in RAM) with a tenth to spare."""
+        from kitaeru.machine.probe import probe
+        from kitaeru.model.load import config_dict, load_config
+        from kitaeru.plan.stored import weight_bytes
+        from kitaeru.plan.types import Layout
+        from kitaeru.shape import ModelShape
+
+        machine, limits = probe(), self._room() or {}
+        layout = Layout("single", "qlora", "nf4", precision, "keep", 0, "cuda" if machine.devices else "cpu")
+        needed = sum(weight_bytes(layout, ModelShape.from_config(config_dict(load_config(self.section)))))
+        rooms = [min(device.free_bytes, limits.get(i, device.free_bytes)) for i, device in enumerate(machine.devices)]
+        if not rooms or self.device_map == "cpu":
+            rooms = [min(machine.host_free_bytes, limits.get("cpu", machine.host_free_bytes))]
+        return bool(needed * 1.1 <= sum(rooms))
+
+    def _from_disk(self, precision: Precision, folder: Path) -> PreTrainedModel:
+        """The model in 4 bits with its layers in `folder`; accelerate has a way for whole weights only."""
+        import torch
+
+        from kitaeru.model.stream import load_streamed
+
+        on_gpu = torch.cuda.is_available() and self.device_map != "cpu"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        model = load_streamed(self.section, base="nf4", precision=precision, device=device, folder=folder)
+        model.eval()
+        return model
 
     def _room(self) -> dict[int | str, Any] | None:
         if self.max_memory is None:

@@ -128,13 +128,12 @@ class _Trainer:
         Raises:
             KitaeruError: as `train`, for everything that is known before training.
         """
-        values = self._values()
-        folder = output or self._folder(values)
-        values["output"] = str(folder)
-        values["data.train"] = [source(train_texts, folder / "data" / "train.jsonl")]
+        wish = self._wish({})
+        folder = output or self._folder(wish)
+        values: Values = {"output": str(folder), "data.train": [source(train_texts, folder / "data" / "train.jsonl")]}
         if eval_texts is not None:
             values["data.valid"] = [source(eval_texts, folder / "data" / "eval.jsonl")]
-        return read(None, values=values, source="Python").recipe
+        return self._wish(values, _devices(wish))
 
     def train(
         self,
@@ -181,43 +180,22 @@ class _Trainer:
 
     # ---- the recipe -----------------------------------------------------------------------------------------------
 
-    def _values(self) -> Values:
-        model = self.model.recipe_values()
-        config = self.config.values(self._devices(model))
-        values = {**model, **{path: value for path, value in config.items() if value is not None}}
-        return {**values, **self._method_values(), **self.config.recipe}
+    def _wish(self, more: Values, devices: int = 1) -> Recipe:
+        """The recipe, for training on so many devices. Without data of its own it names none that is there."""
+        model, config = self.model.recipe_values(), self.config.values(devices)
+        values = {"data.train": "-", **model, **{path: value for path, value in config.items() if value is not None}}
+        values |= self._method_values()
+        extra = self.config.recipe
+        named = dict(extra) if isinstance(extra, Mapping) else {}
+        flags = [] if isinstance(extra, Mapping) else list(extra)
+        return read(None, values={**values, **named, **more}, overrides=flags, source="Python").recipe
 
-    def _devices(self, model: Values) -> int:
-        """Devices that will train, for the size of the effective batch."""
-        from kitaeru.engine.place import placed
-
-        place = placed()
-        if place is not None:
-            return place.size
-        config = self.config
-        asked = config.recipe.get("limits.devices")
-        if asked is None and isinstance(config, MultiGPUTrainingConfig):
-            asked = 1 if config.recipe_strategy == "single" else config.count
-        if asked is None:
-            asked = model["limits.devices"]
-        if asked is not None:
-            return int(asked)
-        from kitaeru.machine.probe import probe
-
-        on_cpu = "cpu" in (model["limits.device"], config.recipe.get("limits.device"))
-        several = isinstance(config, MultiGPUTrainingConfig) and config.recipe_strategy not in ("auto", "single")
-        gpus = 0 if on_cpu else len(probe().devices)
-        return gpus or (2 if several else 1)  # on a CPU as the planner counts: one process, two for a strategy
-
-    def _folder(self, values: Mapping[str, Any]) -> Path:
+    def _folder(self, wish: Recipe) -> Path:
         """The run folder: the config's, or a new one."""
-        named = values.get("output") or self.config.output_dir
-        if named is not None:
-            return Path(named)
         from kitaeru.engine.run import run_folder
 
-        wish = {"model": values["model.name"], "data": {"train": "-"}, "method": values.get("method", "auto")}
-        return run_folder(Recipe.model_validate(wish))
+        named = wish.output or self.config.output_dir
+        return run_folder(wish) if named is None else Path(named)
 
     @property
     def _main(self) -> bool:
@@ -339,6 +317,23 @@ class AdvancedMultiGPUTrainer(_Trainer):
                 remedy=tr("Leave load_in_4bit and load_in_8bit out, or give lora=LoRAConfig(…)."),
             )
         return {"method": method, "model.quantize": None if base == "none" else base}
+
+
+def _devices(wish: Recipe) -> int:
+    """Devices that will train, for the size of the effective batch: counted as the planner counts them."""
+    from kitaeru.engine.place import placed
+
+    place = placed()
+    if place is not None:
+        return place.size
+    if wish.strategy == "single":
+        return 1
+    if wish.limits.devices is not None:
+        return wish.limits.devices
+    from kitaeru.machine.probe import probe
+
+    gpus = 0 if wish.limits.device == "cpu" else len(probe().devices)
+    return gpus or (1 if wish.strategy == "auto" else 2)
 
 
 def _adapter_values(model: JapaneseModel, lora: LoRAConfig) -> Values:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,10 +27,12 @@ from kitaeru.model.adapt import add_adapter
 from kitaeru.model.head import LossSum, distance, forward_arguments, recognise_head
 from kitaeru.model.layers import Draws
 from kitaeru.model.load import DTYPES, load_config, load_model
+from kitaeru.model.stream import load_streamed
 from kitaeru.parallel import STRATEGIES
 from kitaeru.parallel.start import hash_frozen
 from kitaeru.parallel.types import Held, Strategy, Unit
 from kitaeru.parallel.world import World
+from kitaeru.plan.layouts import DISK
 from kitaeru.plan.types import Plan
 
 T = TypeVar("T")
@@ -112,7 +115,15 @@ def load(trainee: Trainee) -> None:
         share = recipe.limits.memory_gb * 1e9 / torch.cuda.get_device_properties(trainee.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0), trainee.device)
     trainee.stored_dtype = load_config(recipe.model).dtype
-    trainee.causal_lm = load_model(recipe.model, trainee.plan.layout, recipe.train.seed)
+    layout = trainee.plan.layout
+    if layout.variant == DISK:
+        assert recipe.limits.offload_folder is not None
+        folder = Path(recipe.limits.offload_folder)
+        trainee.causal_lm = load_streamed(
+            recipe.model, base=layout.base, precision=layout.precision, device=trainee.device, folder=folder
+        )
+    else:
+        trainee.causal_lm = load_model(recipe.model, layout, recipe.train.seed)
     trainee.causal_lm.config.use_cache = False
     vocabulary = trainee.causal_lm.get_input_embeddings().weight.shape[0]
     if len(trainee.tokenizer) > vocabulary:
@@ -191,7 +202,7 @@ def seed_layers(trainee: Trainee) -> None:
 
 def checkpoint_activations(trainee: Trainee) -> None:
     """Recompute activations where the plan says so."""
-    if trainee.plan.layout.activations == "recompute":
+    if trainee.plan.layout.activations == "recompute" and trainee.plan.layout.variant != DISK:  # which does so itself
         trainee.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

@@ -36,7 +36,7 @@ def load_config(section: ModelSection) -> PretrainedConfig:
             source, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:
-        raise _not_loaded(section, error) from error
+        raise not_loaded(section, error) from error
 
 
 def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedModel:
@@ -50,7 +50,7 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
     """
     config = load_config(section)
     options: dict[str, Any] = {
-        "attn_implementation": _attention(section, config),
+        "attn_implementation": attention_for(section, config),
         "trust_remote_code": section.trust_remote_code,
     }
     trains_all = layout.method in ("full", "pretrain")
@@ -63,7 +63,7 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
         except Exception as error:
-            raise _not_loaded(section, error) from error
+            raise not_loaded(section, error) from error
         return model.to(device)
     source = model_source(section)
     _refuse_pickles(source)
@@ -87,7 +87,7 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise _not_loaded(section, error) from error
+        raise not_loaded(section, error) from error
     if layout.base == "nf4" and layout.device == "cpu":
         keep_trainable_packing(loaded)
     return loaded
@@ -108,7 +108,12 @@ def keep_trainable_packing(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _attention(section: ModelSection, config: PretrainedConfig) -> str | None:
+def attention_for(section: ModelSection, config: PretrainedConfig) -> str | None:
+    """The attention implementation of transformers for a recipe's wish; None leaves it to transformers.
+
+    Raises:
+        ModelError: `packed` is asked for, and the model has other than plain causal attention.
+    """
     if section.attention in ("auto", "packed"):
         attention.register()
         if attention.suits(config):
@@ -144,7 +149,7 @@ def _refuse_pickles(source: str) -> None:
         )
 
 
-def _not_loaded(section: ModelSection, error: Exception) -> ModelError:
+def not_loaded(section: ModelSection, error: Exception) -> ModelError:
     """The cause in a sentence, with the first line of the library's own words. Tokens never appear in it."""
     text = str(error)
     name = section.name
@@ -188,7 +193,7 @@ def load_to_answer(
     config = load_config(section)
     source = model_source(section)
     _refuse_pickles(source)
-    options: dict[str, Any] = {"attn_implementation": _attention(section, config)}
+    options: dict[str, Any] = {"attn_implementation": attention_for(section, config)}
     if options["attn_implementation"] == attention.NAME:  # for packed rows; one answer is no packed row
         options["attn_implementation"] = "sdpa"
     if base != "none":
@@ -214,7 +219,7 @@ def load_to_answer(
                 tr("{model} does not fit into the GPUs and RAM together.", model=section.name),
                 remedy=tr("Name a folder on a fast disk with room for it: offload_folder."),
             ) from error
-        raise _not_loaded(section, error) from error
+        raise not_loaded(section, error) from error
     keep_trainable_packing(loaded)
     loaded.eval()
     return loaded

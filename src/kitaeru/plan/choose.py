@@ -16,7 +16,7 @@ from kitaeru.i18n import tr
 from kitaeru.plan.calibrate import Profile, own_profile
 from kitaeru.plan.decide import decide_learning, default_seq_len, fill
 from kitaeru.plan.host import host_items
-from kitaeru.plan.layouts import Arrangement, activation_policies, arrangements, illegal, is_built, ways
+from kitaeru.plan.layouts import DISK, Arrangement, activation_policies, arrangements, illegal, is_built, ways
 from kitaeru.plan.nearest import no_layout, not_legal
 from kitaeru.plan.problem import Problem, free_bytes, global_tokens, needed_bytes, setting_of, state
 from kitaeru.plan.ranks import phase_peaks, rank_items
@@ -156,6 +156,8 @@ class Pricing:
     def _arrangements(self) -> list[Arrangement]:
         problem = self.problem
         found = list(arrangements(problem.recipe.strategy, problem.world))
+        if problem.recipe.limits.offload_folder is None:
+            found = [a for a in found if a.variant != DISK]
         if problem.recipe.limits.devices is not None:
             found = [a for a in found if a.devices == problem.world]
         if problem.recipe.strategy == "auto" and problem.world == 1:
@@ -335,7 +337,7 @@ def choose(usable: Sequence[Candidate]) -> Candidate:
     """
     pool = list(usable)
     for candidate in usable:
-        if candidate.layout.strategy in ("single", "ddp"):
+        if candidate.layout.strategy in ("single", "ddp") and candidate.layout.variant != DISK:
             kind = (candidate.layout.method, candidate.layout.base)
             pool = [c for c in usable if (c.layout.method, c.layout.base) == kind]
             break

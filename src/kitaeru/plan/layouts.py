@@ -16,9 +16,11 @@ from kitaeru.recipe.checks import STRATEGIES_BUILT
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
 
+# The variant of `single` whose frozen layers come from `limits.offload_folder`, one at a time.
+DISK = "disk"
 # Variants the engine can run of a strategy that `recipe.checks.STRATEGIES_BUILT` names; the planner shows the others
 # and never chooses them.
-VARIANTS_BUILT: dict[str, tuple[str, ...]] = {"pipeline": ("1f1b",), "fsdp": ("", "grad")}
+VARIANTS_BUILT: dict[str, tuple[str, ...]] = {"single": ("", DISK), "pipeline": ("1f1b",), "fsdp": ("", "grad")}
 # Bases with which a built strategy is known to train exactly; a strategy that is not named takes all.
 BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none",)}
 SHARDED = ("fsdp", "zero3")
@@ -220,6 +222,17 @@ def _activations_go_somewhere(case: Case) -> str | None:
     return None
 
 
+def _disk_keeps_frozen_layers(case: Case) -> str | None:
+    layout = case.layout
+    if layout.variant != DISK:
+        return None
+    if layout.method not in ("lora", "qlora") or layout.base == "int8":
+        return tr("From disk come frozen layers in 16 or 4 bits: it takes `method: lora` or `qlora`.")
+    if layout.activations != "recompute":
+        return tr("Layers that come from disk are computed twice: they are not kept in between.")
+    return None
+
+
 def _zero_needs_a_gpu(case: Case) -> str | None:
     if case.layout.strategy not in ZERO or case.layout.device == "cuda":
         return None
@@ -248,6 +261,7 @@ RULES: tuple[Rule, ...] = (
     _offloaded_optimizer_is_adamw,
     _adapters_need_no_offload,
     _activations_go_somewhere,
+    _disk_keeps_frozen_layers,
     _zero_needs_a_gpu,
 )
 
@@ -288,6 +302,7 @@ def arrangements(wish: str, count: int) -> Iterator[Arrangement]:
 
 def _all_arrangements(count: int) -> Iterator[Arrangement]:
     yield Arrangement("single")
+    yield Arrangement("single", DISK)
     if count < 2:  # shown as illegal, with the reason
         yield from (Arrangement(name) for name in ("ddp", "fsdp", "pipeline", "model_parallel", "tensor", *ZERO))
         return

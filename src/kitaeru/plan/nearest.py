@@ -84,7 +84,7 @@ def _nearest(problem: Problem, price: Pricer) -> str | None:
 
 
 def _changes(problem: Problem) -> Iterator[Change]:
-    """Changes from small to large: recomputation, a smaller micro-batch, shorter examples, another method, both."""
+    """Changes from small to large: recomputation, a smaller micro-batch, shorter examples, another method, a disk."""
     recipe = problem.recipe
     loose: Change = {}
     if recipe.limits.checkpointing is False:
@@ -109,6 +109,8 @@ def _changes(problem: Problem) -> Iterator[Change]:
         yield from ({**loose, **method, **length} for method in methods for length in lengths)
     else:
         yield from ({**loose, **method} for method in methods)
+    if recipe.limits.offload_folder is None and recipe.method in ("auto", "lora", "qlora"):
+        yield {**loose, "limits.offload_folder": "./offload"}
 
 
 def _shorter(longest: int) -> list[int]:

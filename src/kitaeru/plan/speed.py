@@ -14,7 +14,7 @@ from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import N_
 from kitaeru.plan.activations import offloaded_bytes
 from kitaeru.plan.calibrate import Profile
-from kitaeru.plan.layouts import SHARDED, ZERO
+from kitaeru.plan.layouts import DISK, SHARDED, ZERO
 from kitaeru.plan.pipeline import balanced_cuts, orders, simulate
 from kitaeru.plan.ranks import layer_weight_bytes, part_of
 from kitaeru.plan.rates import LinkRates, Rates, cpu_rates, device_rates, link_rates
@@ -34,6 +34,8 @@ from kitaeru.shape import ModelShape
 UNHIDDEN = 0.15
 # A simulated step has at most this many micro-batches; more follow the same beat.
 SIMULATED = 48
+# What one NVMe disk gives in large pieces; a layer read a moment ago comes from RAM where there is room, and faster.
+DISK_BYTES_S = 2e9
 
 PARTS: dict[str, str] = {
     "matrix_products": N_("matrix products"),
@@ -220,6 +222,10 @@ def _layer_waits(
         once = _all_reduce(layout, at, compute_bytes(layout) * layout.micro_batch_tokens * shape.hidden)
         return {"communication": shape.layers * once * (6 if layout.activations == "recompute" else 4)}
     found = _activation_waits(layout, shape, load, rates, forward, backward)
+    if layout.variant == DISK:
+        weights, _ = layer_weight_bytes(replace(layout, variant=""), shape)
+        once = weights / DISK_BYTES_S
+        found["offload"] = shape.layers * (max(0.0, once - forward) + max(0.0, once - backward))
     if layout.strategy not in ("fsdp", *ZERO):
         return found
     weights, tables = layer_weight_bytes(layout, shape)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kitaeru.plan.types import Layout
 from kitaeru.recipe.types import LoraSection, Optimizer
 from kitaeru.shape import Linear, ModelShape
 
 NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256
+# Layers in memory at a time when they come from disk (model.stream).
+LAYERS_FROM_DISK = 2
 # Families whose stacked experts PEFT adapts with `all-linear`.
 _PEFT_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 
@@ -98,6 +100,8 @@ def weight_bytes(layout: Layout, shape: ModelShape) -> tuple[int, int]:
     (5.21, 106)
     """
     width = 4 if trains_all(layout) else compute_bytes(layout)
+    if layout.variant == "disk":
+        return _from_disk(layout, shape, width)
     if layout.base == "none":
         return shape.parameters() * width, 0
     experts = shape.expert_parameters() if layout.packed_experts else 0
@@ -112,6 +116,16 @@ def weight_bytes(layout: Layout, shape: ModelShape) -> tuple[int, int]:
             stored += linear.count * linear.weights
             scales += linear.count * 4 * linear.outputs
     return rest + stored, scales
+
+
+def _from_disk(layout: Layout, shape: ModelShape, width: int) -> tuple[int, int]:
+    """Weights and scales in memory when layers come from disk: the tables, and two layers while one takes the other's
+    place.
+    """
+    weights, scales = weight_bytes(replace(layout, variant=""), shape)
+    tables = shape.embedding_parameters() * width
+    share = min(LAYERS_FROM_DISK, shape.layers) / shape.layers
+    return tables + int((weights - tables) * share), int(scales * share)
 
 
 def optimizer_bytes(optimizer: Optimizer, layout: Layout, shape: ModelShape, lora: LoraSection) -> int:

@@ -319,6 +319,13 @@ class LimitsSection(Section):
     ram_gb: float | None = Field(
         None, gt=0, description=N_("Use at most so many GB (10⁹ bytes) of the machine's RAM, all processes together.")
     )
+    offload_folder: str | None = Field(
+        None,
+        description=N_(
+            "A folder on a fast disk with room for the model. Where it fits nowhere else, an adapter is trained with the "
+            "frozen layers there: each is read when its turn comes. Slow, and it fits."
+        ),
+    )
     threads: int | None = Field(None, ge=1, description=N_("Threads of CPU arithmetic."))
 
 
