@@ -30,7 +30,11 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """Training is about to begin (or to go on, when `resumed_step` > 0: step events after it are void)."""
+    """Training is about to begin (or to go on, when `resumed_step` > 0: step events after it are void).
+
+    A rate in tokens/s times `mfu_of_rate` is the share of the devices' peak spent on arithmetic that training cannot do
+    without (MFU); 0 where the peak is not known.
+    """
 
     kind: ClassVar[str] = "run_started"
     run: str
@@ -43,6 +47,7 @@ class RunStarted(Event):
     environment: dict[str, str] = field(default_factory=dict)
     trainable_parameters: int = 0
     total_parameters: int = 0
+    mfu_of_rate: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,9 @@ class DataReady(Event):
 class Step(Event):
     """One optimizer step. `loss` is the mean over the trained tokens of the whole global batch, in nats.
 
-    `device_peaks` are the peaks of each of several devices.
+    `device_peaks` are the peaks of each of several devices. Of `seconds` the main process spent `data_seconds` on
+    putting micro-batches together and `wait_seconds` on gradients after its own work was done; `rank_seconds` is each
+    rank's own work, its forward and backward passes.
     """
 
     kind: ClassVar[str] = "step"
@@ -85,6 +92,72 @@ class Step(Event):
     seconds: float
     skipped: bool = False
     device_peaks: tuple[int, ...] = ()
+    data_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    rank_seconds: tuple[float, ...] = ()
+
+    @property
+    def idle_share(self) -> float | None:
+        """The share of the step in which a rank, on average, computed no pass; None where it was not measured."""
+        if not self.rank_seconds or not self.seconds > 0:
+            return None
+        return max(0.0, 1 - sum(self.rank_seconds) / len(self.rank_seconds) / self.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A device at one moment: a GPU by its number in CUDA's order, or "host" (all its cores, its RAM).
+
+    None is "not known". `utilisation` is a share of the time, `clock_share` of the highest clock. `used`: this run
+    computes on it. `throttles` says what holds its clock down.
+    """
+
+    device: str
+    name: str
+    used: bool = True
+    utilisation: float | None = None
+    memory_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    watts: float | None = None
+    celsius: float | None = None
+    clock_mhz: float | None = None
+    clock_share: float | None = None
+    pcie_to_bytes_s: float | None = None
+    pcie_from_bytes_s: float | None = None
+    throttles: tuple[str, ...] = ()
+
+    @property
+    def memory_share(self) -> float | None:
+        """How full its memory is."""
+        if self.memory_bytes is None or not self.memory_total_bytes:
+            return None
+        return self.memory_bytes / self.memory_total_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices(Event):
+    """The devices of one host at one moment. `step` is the last finished step."""
+
+    kind: ClassVar[str] = "devices"
+    step: int
+    host: str
+    readings: tuple[Reading, ...]
+
+    def __post_init__(self) -> None:
+        plain = tuple(r if isinstance(r, Reading) else _reading(r) for r in self.readings)
+        object.__setattr__(self, "readings", plain)
+
+    @property
+    def watts(self) -> float | None:
+        """Power of all devices that were asked; None when none could tell."""
+        told = [reading.watts for reading in self.readings if reading.watts is not None]
+        return sum(told) if told else None
+
+
+def _reading(value: dict[str, Any]) -> Reading:
+    known = {f.name for f in fields(Reading)}
+    arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known}
+    return Reading(**arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +205,35 @@ class Notice(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preflight(Event):
+    """Before training, the largest micro-batch and an optimizer step were run once, and nothing changed by it.
+
+    `peak_bytes` is what the fullest device took (on a CPU the process), `planned_bytes` what the plan says of it.
+    """
+
+    kind: ClassVar[str] = "preflight"
+    tokens: int
+    peak_bytes: int
+    planned_bytes: int
+    seconds: float
+    step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedDown(Event):
+    """Memory ran out after `step` finished steps, and the run goes on with less of it at a time: what it computes is
+    the same. Told again when a run is started on a rung below its plan.
+    """
+
+    kind: ClassVar[str] = "stepped_down"
+    step: int
+    micro_batch_tokens: int
+    activations: str
+    before_micro_batch_tokens: int
+    before_activations: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFinished(Event):
     """The run ended: `outcome` is "finished", "interrupted", "stopped_early" or "failed"."""
 
@@ -146,7 +248,20 @@ class RunFinished(Event):
 
 Listener = Callable[[Event], None]
 KINDS: dict[str, type[Event]] = {
-    cls.kind: cls for cls in (RunStarted, DataReady, Step, Evaluated, Saved, Sample, Notice, RunFinished)
+    cls.kind: cls
+    for cls in (
+        RunStarted,
+        DataReady,
+        Step,
+        Devices,
+        Evaluated,
+        Saved,
+        Sample,
+        Notice,
+        Preflight,
+        SteppedDown,
+        RunFinished,
+    )
 }
 
 

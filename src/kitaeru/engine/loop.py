@@ -18,9 +18,11 @@ from kitaeru.data.types import MicroBatch
 from kitaeru.engine.build import Trainee
 from kitaeru.engine.gates import gradient_gate
 from kitaeru.engine.keep import Kept
+from kitaeru.engine.ladder import Ladder
 from kitaeru.engine.memory import peak_bytes, trim
 from kitaeru.engine.optim import set_rate
 from kitaeru.engine.schedule import rate
+from kitaeru.engine.watch import Stopwatch
 from kitaeru.errors import TrainingError
 from kitaeru.events import Evaluated, Notice, Step
 from kitaeru.i18n import tr
@@ -40,6 +42,9 @@ class Loop(Kept):
         super().__init__(trainee, train, valid, run, fingerprints)
         self.total = self.section.max_steps or self.sampler.steps_in(self.section.epochs or 1.0)
         self.gated = 0
+        longest = max(corpus.facts.longest for corpus in (train, valid) if corpus is not None)
+        self.ladder = Ladder(trainee, run, longest, lambda: self.save())
+        self.clock = Stopwatch(trainee.device)
         self.stop_signal: int | None = None
         self.signalled = 0.0
 
@@ -51,6 +56,7 @@ class Loop(Kept):
         Raises:
             TrainingError: the loss is not finite, a gradient never arrives (nothing is saved then).
             CheckpointError: a checkpoint cannot be written; the earlier ones are untouched.
+            SteppedDownError: memory ran out; the run must be started again, on the rung that it has written down.
         """
         with self._signals():
             if self.progress.step == 0 and self.valid is not None:
@@ -79,12 +85,16 @@ class Loop(Kept):
     def _step(self) -> None:
         started, index = time.perf_counter(), self.progress.step
         trainee = self.trainee
-        chosen = self.sampler.next()
-        batches = self._split(chosen)
+        self.clock.begin()
+        with self.clock.data():
+            chosen = self.sampler.next()
+            batches = self._split(chosen)
         trained = batches.trained_tokens
         multiplier = rate(index, self.total, self.section)
         set_rate(trainee.optimizer, multiplier)
-        losses = self._gradients(batches, trained, index)
+        while (losses := self._gradients(batches, trained, index)) is None:
+            self.ladder.down(index)
+            batches = self._split(chosen)
         loss = float(losses.sum())
         norm, skipped = self._update(loss, losses, batches, index)
         self.progress.step += 1
@@ -102,6 +112,9 @@ class Loop(Kept):
                 grad_norm=norm,
                 peak_bytes=max(peaks),
                 device_peaks=tuple(peaks) if len(peaks) > 1 else (),
+                data_seconds=self.clock.data_seconds,
+                wait_seconds=self.clock.between("own", "whole"),
+                rank_seconds=self._rank_seconds(),
                 epoch=self.sampler.epoch,
                 seconds=seconds,
                 skipped=skipped,
@@ -120,8 +133,10 @@ class Loop(Kept):
             packing=recipe.data.packing,
         )
 
-    def _gradients(self, batches: MicroBatches, trained: int, index: int) -> torch.Tensor:
-        """Accumulate the gradients of the global batch; each micro-batch's share of the mean loss, on the CPU."""
+    def _gradients(self, batches: MicroBatches, trained: int, index: int) -> torch.Tensor | None:
+        """Accumulate the gradients of the global batch; each micro-batch's share of the mean loss, on the CPU. None
+        when memory ran out on any rank: then the gradients are nobody's.
+        """
         trainee = self.trainee
         trainee.model.train()
 
@@ -132,10 +147,21 @@ class Loop(Kept):
             trainee.draws.begin((self.section.seed * 1_000_003 + index) * 65_537 + (number or 0))
 
         work = self._work(batches, begin, lambda loss: loss / trained)
-        shares = trainee.strategy.gradients(trainee.held, work)
+        self.clock.mark("begin")
+        shares = self._passes(lambda: trainee.strategy.gradients(trainee.held, work))
+        self.clock.mark("own")
         self.world.pulse.waiting()
         trainee.strategy.reduce(trainee.held)
+        self.clock.mark("whole")
         return self._together(shares, len(batches))
+
+    def _passes(self, passes: Callable[[], dict[int, torch.Tensor]]) -> dict[int, torch.Tensor] | None:
+        """What they give; None when memory ran out on this rank, and nothing of them is left."""
+        try:
+            return passes()
+        except (RuntimeError, MemoryError) as error:
+            self.ladder.caught(error, self.progress.step)
+        return None
 
     def _work(
         self,
@@ -147,18 +173,28 @@ class Loop(Kept):
         trainee, layout = self.trainee, self.trainee.plan.layout
 
         def batch(number: int | None, device: torch.device) -> MicroBatch:
-            return batches[_shortest(batches) if number is None else number].to(device)
+            with self.clock.data():
+                return batches[_shortest(batches) if number is None else number].to(device)
 
         replica = self.world.rank // layout.ranks_per_replica
         numbers = trainee.strategy.deal(batches.tokens, layout.replicas)[replica]
         return Work(numbers, batches.tokens, batch, begin, trainee.autocast, share, trainee.scaler.scale)
 
-    def _together(self, mine: dict[int, torch.Tensor], count: int) -> torch.Tensor:
-        """One number for each of `count` micro-batches, from the ranks that have computed them."""
-        values = torch.zeros(count, dtype=torch.float64)
-        if mine:
+    def _rank_seconds(self) -> tuple[float, ...]:
+        """What each rank spent on its own passes."""
+        return tuple(number / 1e6 for number in self.world.numbers([round(self.clock.own_seconds() * 1e6)]))
+
+    def _together(self, mine: dict[int, torch.Tensor] | None, count: int) -> torch.Tensor | None:
+        """One number for each of `count` micro-batches, from the ranks that have computed them; None when any rank has
+        failed to.
+        """
+        values = torch.zeros(count + 1, dtype=torch.float64)
+        if mine is None:
+            values[count] = 1
+        elif mine:
             values[list(mine)] = torch.stack(list(mine.values())).double().cpu()
-        return self.world.sum(values)
+        values = self.world.sum(values)
+        return None if values[count] else values[:count]
 
     def _update(self, loss: float, shares: torch.Tensor, batches: MicroBatches, index: int) -> tuple[float, bool]:
         """Change the weights, unless the loss forbids it. Returns the gradient norm and whether it was skipped."""
@@ -178,7 +214,10 @@ class Loop(Kept):
             skipped = self._object(verdict, loss, norm, shares, batches, index)
         if not skipped:
             self._gate(index)
-            trainee.scaler.step(trainee.optimizer)
+            try:
+                trainee.scaler.step(trainee.optimizer)
+            except (RuntimeError, MemoryError) as error:  # some weights may have moved: it cannot be done again
+                self.ladder.caught(error, index, again=False)
         trainee.scaler.update()
         trainee.optimizer.zero_grad(set_to_none=True)
         return norm, skipped
@@ -241,17 +280,20 @@ class Loop(Kept):
         """Mean loss in nats over the trained tokens of `corpus`, and their number."""
         trainee = self.trainee
         trainee.model.eval()
-        batches = eval_batches(
-            corpus,
-            micro_batch_tokens=trainee.plan.layout.micro_batch_tokens,
-            packing=trainee.plan.recipe.data.packing,
-            max_examples=self.section.eval_max_examples,
-        )
-        work = self._work(batches, lambda _: self.world.pulse.working(self.progress.step), lambda loss: loss)
-        sums = trainee.strategy.losses(trainee.held, work)
-        self.world.pulse.waiting()
-        tokens = batches.trained_tokens
-        return float(self._together(sums, len(batches)).sum()) / tokens, tokens
+        while True:
+            batches = eval_batches(
+                corpus,
+                micro_batch_tokens=trainee.plan.layout.micro_batch_tokens,
+                packing=trainee.plan.recipe.data.packing,
+                max_examples=self.section.eval_max_examples,
+            )
+            work = self._work(batches, lambda _: self.world.pulse.working(self.progress.step), lambda loss: loss)
+            sums = self._passes(lambda work=work: trainee.strategy.losses(trainee.held, work))  # type: ignore[misc]
+            self.world.pulse.waiting()
+            losses = self._together(sums, len(batches))
+            if losses is not None:
+                return float(losses.sum()) / batches.trained_tokens, batches.trained_tokens
+            self.ladder.down(self.progress.step)
 
     def _given_up(self) -> bool:
         """Whether early stop has had enough; asked before a step too, for a run that is resumed there."""
