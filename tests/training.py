@@ -93,6 +93,9 @@ class Training:
         micro_batch_tokens: int = 128,
         strategy: str = "single",
         variant: str = "",
+        cuts: tuple[int, ...] = (),
+        devices: int = 0,
+        replicas: int = 1,
         world: World | None = None,
         recipe: Recipe | None = None,
         **changes: Any,
@@ -107,9 +110,11 @@ class Training:
             activations,  # type: ignore[arg-type]
             micro_batch_tokens,
             "cpu",
-            world.size if world else 1,
+            devices or (world.size if world else 1),
             variant,
-            world.size if world and strategy in ("ddp", "fsdp") else 1,
+            world.size if world and strategy in ("ddp", "fsdp") else replicas,
+            2 if variant == "interleaved" else 1,
+            cuts,
         )
         self.plan = Plan(self.recipe, Candidate(layout, {}, 0, True))
         self.tokenizer = load_tokenizer(self.recipe.model)

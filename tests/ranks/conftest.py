@@ -26,14 +26,14 @@ def crew() -> ModuleType:
     return module
 
 
-def _config(family: str) -> Any:
+def _config(family: str, layers: int) -> Any:
     import transformers
 
     shape: dict[str, Any] = {
         "vocab_size": 16384,
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
@@ -55,22 +55,22 @@ def _config(family: str) -> Any:
 
 @pytest.fixture(scope="session")
 def family(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory):
-    """`family("qwen3")`: the folder of a random tiny model of that family."""
-    made: dict[str, Path] = {}
+    """`family("qwen3")`: the folder of a random tiny model of that family, of two layers or more."""
+    made: dict[tuple[str, int], Path] = {}
 
-    def make(name: str) -> Path:
-        if name not in made:
+    def make(name: str, layers: int = 2) -> Path:
+        if (name, layers) not in made:
             import torch
             from transformers import AutoModelForCausalLM
 
             folder = tmp_path_factory.mktemp("families") / name
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                AutoModelForCausalLM.from_config(_config(name)).save_pretrained(folder)
+                AutoModelForCausalLM.from_config(_config(name, layers)).save_pretrained(folder)
             for file in TOKENIZER_FILES:
                 if (tokenizer_folder / file).is_file():
                     shutil.copy(tokenizer_folder / file, folder)
-            made[name] = folder
-        return made[name]
+            made[name, layers] = folder
+        return made[name, layers]
 
     return make

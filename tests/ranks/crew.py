@@ -37,9 +37,14 @@ def run(place: Path, ranks: int, function: Callable[..., Any], **arguments: Any)
             job.kill()
         file = place / f"answer-{rank}"
         good, answer = pickle.loads(file.read_bytes()) if file.exists() else (False, f"exit code {job.exitcode}")
-        assert good, f"rank {rank}: {answer}"
-        answers.append(answer)
+        answers.append(answer if good else Failure(f"rank {rank}: {answer}"))
+    failures = [answer for answer in answers if isinstance(answer, Failure)]
+    assert not failures, "\n".join(failures)
     return answers
+
+
+class Failure(str):
+    """What a process said when it failed."""
 
 
 def _work(folder: Path, rank: int, ranks: int, function: Callable[..., Any], arguments: dict[str, Any]) -> None:

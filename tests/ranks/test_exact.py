@@ -27,17 +27,18 @@ def options_of(name, method, valid):
 
 @pytest.fixture(scope="session")
 def reference(crew, family, chat_data, valid_data, tmp_path_factory):
-    """`reference("llama", "lora")`: the same run on one process."""
+    """`reference("llama", "lora")`: the same run on one process, of a model of two layers or more."""
     done = {}
 
-    def get(name, method):
-        if (name, method) not in done:
+    def get(name, method, layers=2):
+        if (name, method, layers) not in done:
             folder = tmp_path_factory.mktemp("single")
             options = options_of(name, method, valid_data)
-            arguments = {"folder": folder / "run", "model": family(name), "data": chat_data, "method": method}
+            model = family(name, layers)
+            arguments = {"folder": folder / "run", "model": model, "data": chat_data, "method": method}
             [answer] = crew.run(folder, 1, crew.train, **arguments, **options)
-            done[name, method] = answer
-        return done[name, method]
+            done[name, method, layers] = answer
+        return done[name, method, layers]
 
     return get
 
@@ -71,3 +72,63 @@ def test_same_losses_and_weights(
         assert answer["frozen"]
     if strategy == "fsdp" and method == "full":  # and each rank holds a share
         assert sum(answer["numbers"] for answer in answers) == wanted["numbers"]
+
+
+# Cuts of five layers; the embedding is on the first stage, the head on the last.
+TWO, FOUR = (3, 2), (2, 1, 1, 1)
+PIPES = {
+    "2 ranks": (2, {"variant": "1f1b", "cuts": TWO}),
+    "4 ranks": (4, {"variant": "1f1b", "cuts": FOUR}),
+    "2 ranks, interleaved": (2, {"variant": "interleaved", "cuts": FOUR}),
+    "2 ranks, all forward first, recomputed": (2, {"variant": "gpipe", "cuts": TWO, "activations": "recompute"}),
+    "2 lines of 2": (4, {"variant": "1f1b", "cuts": TWO, "replicas": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    ("pipe", "name", "method"),
+    [
+        ("2 ranks", "llama", "lora"),
+        ("2 ranks", "qwen3", "full"),
+        ("2 ranks", "gemma", "lora"),
+        ("2 ranks", "mixtral", "lora"),
+        ("2 ranks", "mixtral", "full"),
+        ("4 ranks", "llama", "lora"),
+        ("4 ranks", "qwen3", "full"),
+        ("2 ranks, interleaved", "gemma", "lora"),
+        ("2 ranks, interleaved", "qwen3", "full"),
+        ("2 ranks, all forward first, recomputed", "llama", "lora"),
+        ("2 lines of 2", "llama", "lora"),
+        ("2 lines of 2", "qwen3", "full"),
+    ],
+)
+def test_a_pipeline_is_the_same_training(crew, family, chat_data, valid_data, reference, tmp_path, pipe, name, method):
+    ranks, how = PIPES[pipe]
+    options = {**options_of(name, method, valid_data), **how}
+    arguments = {"folder": tmp_path / "run", "model": family(name, 5), "data": chat_data, "method": method}
+    answers = crew.run(tmp_path, ranks, crew.train, strategy="pipeline", **arguments, **options)
+    wanted = reference(name, method, 5)
+    weights = {}
+    for answer in answers:
+        assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+        assert answer["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
+        assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
+        assert answer["losses"] == answers[0]["losses"]
+        assert answer["frozen"]
+        assert all(torch.equal(weights.setdefault(n, w), w) for n, w in answer["weights"].items())
+    assert far(weights, wanted["weights"]) <= 1e-5
+    # Each rank has its own stages alone.
+    assert sum(answer["numbers"] for answer in answers) == wanted["numbers"] * how.get("replicas", 1)
+
+
+@pytest.mark.parametrize(("name", "method"), [("llama", "lora"), ("qwen3", "full")])
+def test_stages_in_one_process_are_the_same_training(
+    crew, family, chat_data, valid_data, reference, tmp_path, name, method
+):
+    options = {**options_of(name, method, valid_data), "devices": 2, "cuts": TWO}
+    arguments = {"folder": tmp_path / "run", "model": family(name, 5), "data": chat_data, "method": method}
+    [answer] = crew.run(tmp_path, 1, crew.train, strategy="model_parallel", **arguments, **options)
+    wanted = reference(name, method, 5)
+    assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+    assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
+    assert far(answer["weights"], wanted["weights"]) <= 1e-5

@@ -27,6 +27,7 @@ from kitaeru.model.adapt import add_adapter
 from kitaeru.model.head import LossSum, distance, forward_arguments, recognise_head
 from kitaeru.model.layers import Draws
 from kitaeru.model.load import DTYPES, load_config, load_model
+from kitaeru.model.stages import share_of, stage_devices
 from kitaeru.model.stream import load_streamed
 from kitaeru.parallel import STRATEGIES
 from kitaeru.parallel.start import hash_frozen
@@ -123,7 +124,8 @@ def load(trainee: Trainee) -> None:
             recipe.model, base=layout.base, precision=layout.precision, device=trainee.device, folder=folder
         )
     else:
-        trainee.causal_lm = load_model(recipe.model, layout, recipe.train.seed)
+        part, devices = share_of(layout, trainee.world.rank), stage_devices(layout)
+        trainee.causal_lm = load_model(recipe.model, layout, recipe.train.seed, part, devices)
     trainee.causal_lm.config.use_cache = False
     vocabulary = trainee.causal_lm.get_input_embeddings().weight.shape[0]
     if len(trainee.tokenizer) > vocabulary:
@@ -235,7 +237,7 @@ def choose_loss(trainee: Trainee) -> None:
     probe = _probe(trainee, (9, 6))
     with trainee.autocast():
         trainee.held.unit.loss_sum, why = trainee.inside(lambda: recognise_head(trainee.causal_lm, probe))
-    if why != "chunked":
+    if trainee.world.any(why not in ("chunked", "elsewhere")):
         trainee.say(tr("The loss is taken from the model's own logits: the chunked head does not fit it."))
 
 

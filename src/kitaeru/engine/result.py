@@ -42,17 +42,18 @@ def _write(trainee: Trainee, run: Path) -> Path:
     strategy, held = trainee.strategy, trainee.held
     state = {} if adapter else strategy.model_state(held)
     trained = {name: strategy.gather(held, name, piece) for name, piece in trainee.named} if adapter else state
+    trained = trainee.world.united(trained) if adapter else trained
     if not trainee.world.main:
         return target
     temporary = run / f".{target.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     if adapter:
         trainee.model.peft_config["default"].base_model_name_or_path = model_source(trainee.plan.recipe.model)
-        trainee.model.save_pretrained(str(temporary), safe_serialization=True)
+        trainee.model.save_pretrained(str(temporary), safe_serialization=True, state_dict=dict(trained))
     else:
         _save_model(trainee, state, temporary)
     trainee.tokenizer.save_pretrained(str(temporary))
-    _compare({name: trained[name] for name, _ in trainee.named}, temporary)
+    _compare({name: trained[name] for name in trainee.names}, temporary)
     readable = (temporary / "tokenizer_config.json").stat().st_mode  # safetensors makes its files private
     for file in temporary.glob("*.safetensors"):
         file.chmod(readable)

@@ -75,7 +75,10 @@ def first_device(model: PreTrainedModel) -> torch.device:
     embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
     place = getattr(hook, "execution_device", None)
-    return embedding.weight.device if place is None else torch.device(place)
+    if place is not None:
+        return torch.device(place)
+    weights: list[torch.Tensor] = [embedding.weight, *model.parameters()]
+    return next(weight.device for weight in weights if not weight.is_meta)  # another rank may have the embedding
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -66,8 +66,10 @@ def recognise_head(model: PreTrainedModel, batch: MicroBatch) -> tuple[LossSum, 
         return plain_loss(model), "unknown head"
     with torch.no_grad():
         hidden = getattr(model, model.base_model_prefix)(**forward_arguments(batch)).last_hidden_state
-        ours = logits_of(hidden, head.weight, getattr(model.config, "final_logit_softcapping", None))
         theirs = model(**forward_arguments(batch)).logits
+        if head.weight.is_meta:
+            return plain_loss(model), "elsewhere"
+        ours = logits_of(hidden, head.weight, getattr(model.config, "final_logit_softcapping", None))
     exact = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(head.weight.device.type)
     if distance(ours, theirs) <= (1e-4 if exact else 2e-2):
         return chunked_loss(model), "chunked"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from kitaeru.errors import ModelError
 from kitaeru.i18n import tr
 from kitaeru.model import attention
 from kitaeru.model.bundled import bundled_folder
+from kitaeru.model.stages import Share, move, places_of, put_back, send_away, without
 from kitaeru.plan.types import Base, Layout, Precision
 from kitaeru.recipe.types import ModelSection
 
@@ -39,14 +42,21 @@ def load_config(section: ModelSection) -> PretrainedConfig:
         raise not_loaded(section, error) from error
 
 
-def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedModel:
+def load_model(
+    section: ModelSection,
+    layout: Layout,
+    seed: int,
+    share: Share | None = None,
+    devices: Sequence[torch.device] = (),
+) -> PreTrainedModel:
     """The model on the layout's device, ready for an adapter or for full training.
 
     Frozen bases are stored as the layout's base says; weights that will all be trained are fp32 masters, computed
-    under autocast. `pretrain` starts from random weights drawn from `seed`.
+    under autocast. `pretrain` starts from random weights drawn from `seed`. With a `share` only the weights of its
+    stages are read, and the rest of the model is on the meta device; with `devices` each stage goes to its own.
 
     Raises:
-        ModelError: it cannot be found or loaded.
+        ModelError: it cannot be found or loaded, or cut into stages.
     """
     config = load_config(section)
     options: dict[str, Any] = {
@@ -64,7 +74,9 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
         except Exception as error:
             raise not_loaded(section, error) from error
-        return model.to(device)
+        if share is not None:
+            send_away(model, share)
+        return move(model, layout.cuts, devices) if devices else model.to(device)
     source = model_source(section)
     _refuse_pickles(source)
     if layout.base != "none":
@@ -74,23 +86,43 @@ def load_model(section: ModelSection, layout: Layout, seed: int) -> PreTrainedMo
             tr("{model} holds its weights in few bits already.", model=section.name),
             remedy=tr("Train an adapter on it: --set method=qlora for 4 bits, --set model.quantize=int8 for 8."),
         )
+    kind: Any = AutoModelForCausalLM
+    places: dict[str, torch.device] = {"": device}
+    outline = None
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        if share is not None or devices:
+            outline = _outline(config, options, dtype)
+            kind = type(outline) if share is None else without(type(outline), share)
+            places = places_of(outline, layout.cuts, devices) if devices else places
+        loaded: PreTrainedModel = kind.from_pretrained(
             source,
             config=config,
             revision=section.revision,
             dtype=dtype,
-            device_map={"": device},
+            device_map=places,
             use_safetensors=True,
             **options,
         )
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ModelError):
         raise
     except Exception as error:
         raise not_loaded(section, error) from error
+    if outline is not None:
+        remove_hook_from_submodules(loaded)  # stages move their own inputs
+        if share is not None:
+            loaded.__class__ = type(outline)
+            put_back(loaded, outline, share)
     if layout.base == "nf4" and layout.device == "cpu":
         keep_trainable_packing(loaded)
     return loaded
+
+
+def _outline(config: PretrainedConfig, options: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """The model without memory: names, shapes and code."""
+    plain = {name: value for name, value in options.items() if name != "quantization_config"}
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **plain)
+    return model
 
 
 def is_quantised(config: PretrainedConfig) -> bool:

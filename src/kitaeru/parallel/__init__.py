@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from kitaeru.parallel import ddp, fsdp, single
+from kitaeru.parallel import ddp, fsdp, model_parallel, pipeline, single
 from kitaeru.parallel.types import Strategy
 
-STRATEGIES: dict[str, Strategy] = {"single": single, "ddp": ddp, "fsdp": fsdp}
+STRATEGIES: dict[str, Strategy] = {
+    "single": single,
+    "ddp": ddp,
+    "fsdp": fsdp,
+    "pipeline": pipeline,
+    "model_parallel": model_parallel,
+}

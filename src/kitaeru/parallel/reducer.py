@@ -22,11 +22,13 @@ class _Sent(NamedTuple):
 
 
 class Reducer:
-    """All ranks send the same buckets in the same order: it does not matter when a rank's own are full, nor whether it
-    had a backward pass at all. A parameter that got no gradient on any rank keeps none, as on one device.
+    """All ranks (of `group`) send the same buckets in the same order: it does not matter when a rank's own are full,
+    nor whether it had a backward pass at all. A parameter that got no gradient on any rank keeps none, as on one
+    device.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], bucket_bytes: int = BUCKET_BYTES, group: Any = None) -> None:
+        self._group = group
         # Gradients arrive about in the reverse order of the parameters.
         self._buckets = list(_buckets(list(reversed(parameters)), bucket_bytes))
         self._bucket_of = {p: number for number, bucket in enumerate(self._buckets) for p in bucket}
@@ -73,7 +75,7 @@ class Reducer:
             if parameter.grad is not None:
                 part.copy_(parameter.grad.reshape(-1))
                 flat[sum(sizes) + place] = 1
-        self._sent.append(_Sent(bucket, flat, dist.all_reduce(flat, async_op=True)))
+        self._sent.append(_Sent(bucket, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
         if len(self._sent) > UNDER_WAY:
             self._take_in()
 

@@ -81,6 +81,7 @@ def norm(held: Held) -> torch.Tensor:
 def squares(named: Named) -> torch.Tensor:
     """The sum of the squares of all gradients, in 64 bits: in 32 a sum over millions depends on how it is cut up."""
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for _, p in named if p.grad is not None]
+    norms = [norm.to(norms[0].device) for norm in norms]
     return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
 

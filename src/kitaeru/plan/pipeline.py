@@ -45,7 +45,24 @@ def orders(schedule: str, ranks: int, micro_batches: int, chunks: int = 1) -> li
         return [list(_gpipe(rank, micro_batches)) for rank in range(ranks)]
     if chunks == 1:
         return [list(_one_forward_one_backward(rank, ranks, micro_batches)) for rank in range(ranks)]
-    return [list(_interleaved(rank, ranks, micro_batches, chunks)) for rank in range(ranks)]
+    # A last round that is not full is one in which some micro-batches are left out: nothing waits for them.
+    return [
+        [now for now in _interleaved(rank, ranks, micro_batches, chunks) if now.micro_batch < micro_batches]
+        for rank in range(ranks)
+    ]
+
+
+def in_one_process(order: Sequence[Sequence[Pass]]) -> list[Pass]:
+    """All ranks' passes one after another, in the order in which they would end if a backward pass took twice as long
+    as a forward one: what a single process launches on several devices so that all of them work.
+
+    >>> [f"{p.kind}{p.stage}{p.micro_batch}" for p in in_one_process(orders("1f1b", 2, 2))]
+    ['F00', 'F01', 'F10', 'B10', 'F11', 'B00', 'B11', 'B01']
+    """
+    stages = 1 + max((now.stage for passes in order for now in passes), default=0)
+    ended = simulate(order, [1.0] * stages, [2.0] * stages).ended
+    found = sorted((end, rank, at) for rank, passes in enumerate(ended) for at, (_, end) in enumerate(passes))
+    return [ended[rank][at][0] for _, rank, at in found]
 
 
 def _gpipe(rank: int, micro_batches: int) -> Iterator[Pass]:
@@ -71,7 +88,8 @@ def _interleaved(rank: int, ranks: int, micro_batches: int, chunks: int) -> Iter
         micro_batch = part // chunks * ranks + lane
         return Pass(kind, (chunk if kind == "F" else chunks - 1 - chunk) * ranks + rank, micro_batch)
 
-    total = micro_batches * chunks
+    rounds = -(-micro_batches // ranks) * ranks
+    total = rounds * chunks
     ahead = min(total, (ranks - rank - 1) * 2 + (chunks - 1) * ranks)
     yield from (at(step, "F") for step in range(ahead))
     for step in range(total - ahead):
