@@ -27,7 +27,7 @@ _ACS_CAPABILITY = 0x0D
 _ACS_REDIRECTS = 0x04 | 0x08
 _MOST_LINKS = 18
 # Bits of NVML's nvmlClocksEventReason*.
-_THROTTLES = {"power brake": 0x80, "thermal": 0x20 | 0x40, "hardware": 0x08}
+THROTTLES = {"power brake": 0x80, "thermal": 0x20 | 0x40, "hardware": 0x08}
 _ENVIRONMENT = re.compile(r"(NCCL|CUDA|NVIDIA|TORCH_NCCL|PYTORCH|OMP|MKL|GLOO)_|LD_LIBRARY_PATH$")
 
 
@@ -414,7 +414,7 @@ def _gpu(nvml: Any, root: Path, index: int, handle: Any, uuid: str, usable: int 
         watts_default=_watts(question("nvmlDeviceGetPowerManagementDefaultLimit", default=None)),
         celsius=question("nvmlDeviceGetTemperature", 0, default=None),
         celsius_slowdown=question("nvmlDeviceGetTemperatureThreshold", 1, default=None),
-        throttles=tuple(name for name, bits in _THROTTLES.items() if reasons & bits),
+        throttles=tuple(name for name, bits in THROTTLES.items() if reasons & bits),
         pcie_generation=int(question("nvmlDeviceGetCurrPcieLinkGeneration", default=0)),
         pcie_generation_most=int(question("nvmlDeviceGetMaxPcieLinkGeneration", default=0)),
         pcie_width=int(question("nvmlDeviceGetCurrPcieLinkWidth", default=0)),
