@@ -336,6 +336,19 @@ class TrackSection(Section):
     wandb: str | None = Field(None, description=N_("Name of a Weights & Biases project."))
     mlflow: str | None = Field(None, description=N_("Name of an MLflow experiment (server from MLFLOW_TRACKING_URI)."))
     trackio: str | None = Field(None, description=N_("Name of a trackio project."))
+    prometheus_port: int | None = Field(
+        None, ge=1, le=65535, description=N_("Serve the numbers for Prometheus on this port of localhost.")
+    )
+    device_seconds: float = Field(
+        5.0, gt=0, description=N_("How often utilisation, memory, power and heat of the devices are looked at.")
+    )
+    power_price: float | None = Field(
+        None, ge=0, description=N_("Price of a kilowatt-hour, to say what a million tokens cost.")
+    )
+    currency: str = Field("JPY", description=N_("What `power_price` is in."))
+    machine_watts: float = Field(
+        0.0, ge=0, description=N_("Power of the machine beside its GPUs (which are measured), for the cost.")
+    )
 
 
 class SamplesSection(Section):
