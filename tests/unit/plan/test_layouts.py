@@ -62,6 +62,8 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     ({"strategy": "zero3", "variant": "offload", "devices": 2}, {}, A5000, "too small", {}),
     ({"strategy": "tensor", "devices": 2, "activations": "offload"}, {}, A5000, "all layers", {}),
     ({"device": "cpu", "activations": "offload", "precision": "fp32"}, {}, None, "already", {}),
+    (FULL | {"variant": "disk", "activations": "recompute"}, {}, A5000, "frozen layers", {}),
+    ({"variant": "disk"}, {}, A5000, "computed twice", {}),
     ({"strategy": "zero1", "devices": 2, "device": "cpu"}, {}, None, "needs GPUs", {}),
 ]  # fmt: skip
 
