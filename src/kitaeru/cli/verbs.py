@@ -60,6 +60,12 @@ VERBS: tuple[Verb, ...] = (
         "kitaeru.cli.bench:run",
     ),
     Verb(
+        "monitor",
+        N_("Follow a run from another terminal: progress, devices, alarms."),
+        "kitaeru monitor runs/my-run",
+        "kitaeru.cli.monitor:run",
+    ),
+    Verb(
         "report",
         N_("Write the page that shows what a run did."),
         "kitaeru report runs/my-run",

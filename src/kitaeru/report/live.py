@@ -23,6 +23,7 @@ from kitaeru.report.lines import event_line, plan_lines
 from kitaeru.report.plain import PlainView
 from kitaeru.report.progress import Progress
 from kitaeru.report.prose import Prose
+from kitaeru.report.usage import device_text, reading_text, waits_text
 from kitaeru.report.wording import (
     bytes_text,
     clean,
@@ -30,6 +31,7 @@ from kitaeru.report.wording import (
     count_text,
     loss_text,
     number_text,
+    percent_text,
     rate_text,
     run_name,
 )
@@ -119,6 +121,7 @@ class LiveView:
         parts: list[RenderableType] = []
         if started:
             parts += [_header(started), _bar_line(self._progress, inner), _figures(self._progress, inner)]
+            parts += [_devices(self._progress, inner)] if self._progress.devices else []
         if self._phase:
             parts.append(_phase_line(*self._phase, inner))
         if not parts:
@@ -187,6 +190,20 @@ def _figures(progress: Progress, width: int) -> Table:
     return grid
 
 
+def _devices(progress: Progress, width: int) -> Table:
+    """A line for each device; hosts are named where there are several."""
+    grid = Table.grid(padding=(0, 2), expand=False)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(no_wrap=True, overflow="ellipsis", max_width=width - 8)
+    for host, look in progress.devices.items():
+        for reading in look.readings:
+            name = device_text(reading.device)
+            label = f"{clean(host)} {name}" if len(progress.devices) > 1 else name
+            style = "yellow" if reading.throttles else "" if reading.used else "dim"
+            grid.add_row(label, Text(clean(reading_text(reading)), style))
+    return grid
+
+
 def _pairs(progress: Progress, width: int) -> list[tuple[str, Text]]:
     """Labels and values, in columns: what is learnt first, what it costs second."""
     step = progress.step
@@ -202,6 +219,18 @@ def _pairs(progress: Progress, width: int) -> list[tuple[str, Text]]:
         (tr("speed"), Text(tr("{count} tokens/s", count=count_text(step.tokens_per_second)) if step else "—")),
         (tr("peak memory"), Text(bytes_text(progress.peak_bytes) if step else "—")),
         (tr("epoch"), Text(f"{step.epoch:.2f}" if step else "—")),
+        *_shares(progress),
+    ]
+
+
+def _shares(progress: Progress) -> list[tuple[str, Text]]:
+    """MFU, and what a step waits for; two or none, so that the columns stay even."""
+    step, share = progress.step, progress.mfu
+    if step is None or not step.rank_seconds or not step.seconds > 0:
+        return []
+    return [
+        (tr("MFU"), Text("—" if share is None else percent_text(share))),
+        (tr("waiting"), Text(waits_text(step))),
     ]
 
 

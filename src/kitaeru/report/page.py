@@ -18,6 +18,7 @@ from kitaeru.report import sections
 from kitaeru.report.advice.next import next_change
 from kitaeru.report.document import html_document
 from kitaeru.report.history import History
+from kitaeru.report.usage_page import usage
 from kitaeru.report.wording import outcome_text, run_name
 
 _BADGES = {"finished": "good", "stopped_early": "good", "interrupted": "warn", "failed": "bad", None: "warn"}
@@ -50,6 +51,7 @@ def page(past: History, plan: Plan | None, recipe: str, run_dir: Path) -> str:
             _head_of_run(past, run_dir),
             sections.result(past, plan),
             sections.curves(past, plan),
+            usage(past, plan),
             sections.samples(past),
             sections.data(past, plan),
             sections.plan(past, plan),

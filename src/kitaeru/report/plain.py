@@ -8,11 +8,12 @@ from typing import Self
 
 from rich.console import Console
 
-from kitaeru.events import Event, RunStarted, Step
+from kitaeru.events import Devices, Event, RunStarted, Step
 from kitaeru.i18n import tr
 from kitaeru.plan.types import Plan
 from kitaeru.report.lines import event_line, plan_lines
 from kitaeru.report.progress import Progress
+from kitaeru.report.usage import device_text, reading_text
 from kitaeru.report.wording import (
     bytes_text,
     clean,
@@ -26,6 +27,7 @@ from kitaeru.report.wording import (
 
 _STEP_SECONDS = 2.0
 _PHASE_SECONDS = 5.0
+_LOOK_SECONDS = 30.0
 
 
 class PlainView:
@@ -35,7 +37,7 @@ class PlainView:
         self._console = console
         self._every = every
         self._progress = Progress()
-        self._last_step_time = float("-inf")
+        self._last_step_time = self._last_look_time = float("-inf")
         self._phase: tuple[str, float] = ("", float("-inf"))
 
     def __enter__(self) -> Self:
@@ -54,6 +56,9 @@ class PlainView:
             self._write(" · ".join(("kitaeru", *parts)))
         if isinstance(event, Step):
             self._step(event)
+            return
+        if isinstance(event, Devices):
+            self._devices(event)
             return
         line = event_line(event)
         if line is not None:
@@ -97,6 +102,13 @@ class PlainView:
             time=clock_text(left if left is not None else float("nan")),
         )
         self._write(line)
+
+    def _devices(self, look: Devices) -> None:
+        now = time.monotonic()
+        if now - self._last_look_time >= _LOOK_SECONDS:
+            self._last_look_time = now
+            told = (f"{device_text(reading.device)} {reading_text(reading)}" for reading in look.readings)
+            self._write("  ".join((f"[{look.host}]", *told)))
 
     def _write(self, line: str) -> None:
         self._console.print(clean(line), markup=False, highlight=False, emoji=False, soft_wrap=True, style="none")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from kitaeru.events import Evaluated, Event, RunFinished, RunStarted, Step
+from kitaeru.events import Devices, Evaluated, Event, RunFinished, RunStarted, Step
 from kitaeru.report.curve import smooth
 
 _REMEMBERED = 2000
@@ -20,6 +20,7 @@ class Progress:
         self.best: Evaluated | None = None
         self.finished: RunFinished | None = None
         self.peak_bytes = 0
+        self.devices: dict[str, Devices] = {}
         self.losses: deque[float] = deque(maxlen=_REMEMBERED)
         self._first: Step | None = None
 
@@ -36,8 +37,17 @@ class Progress:
                 self.evaluated = event
                 if self.best is None or event.loss < self.best.loss:
                     self.best = event
+            case Devices():
+                self.devices[event.host] = event
             case RunFinished():
                 self.finished = event
+
+    @property
+    def mfu(self) -> float | None:
+        """Of the last step; None where the devices' peak is not known."""
+        if self.step is None or self.started is None or not self.started.mfu_of_rate:
+            return None
+        return self.step.tokens_per_second * self.started.mfu_of_rate
 
     @property
     def done(self) -> int:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kitaeru.events import Evaluated, Event, RunStarted, Sample, Step
+from kitaeru.events import Devices, Evaluated, Event, RunStarted, Sample, Step
 from kitaeru.report.metrics import metrics
 
 
@@ -22,13 +22,17 @@ class TensorBoard:
         self._folder = folder
         self._config = config
         self._writer: Any = None
+        self._mfu_of_rate = 0.0
 
     def __call__(self, event: Event) -> None:
         """Write `event`."""
         match event:
             case RunStarted():
                 self._begin(event)
-            case Step() | Evaluated():
+            case Step():
+                share = {"train/mfu": event.tokens_per_second * self._mfu_of_rate} if self._mfu_of_rate else {}
+                self._scalars(event.step, event.time, metrics(event) | share)
+            case Evaluated() | Devices():
                 self._scalars(event.step, event.time, metrics(event))
             case Sample():
                 tag = "samples/" + " ".join(event.prompt.split())[:60]
@@ -47,6 +51,7 @@ class TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.close()
+        self._mfu_of_rate = event.mfu_of_rate
         self._writer = EventFileWriter(str(self._folder), flush_secs=10)
         if event.resumed_step > 0:
             # A session that starts at step n makes readers drop what earlier files hold for n and later.

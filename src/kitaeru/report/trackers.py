@@ -1,4 +1,5 @@
-"""Where the numbers go beside `events.jsonl`: TensorBoard files, and W&B, MLflow and trackio through their own clients.
+"""Where the numbers go beside `events.jsonl`: TensorBoard files, Prometheus, W&B, MLflow and trackio, each through its
+own client.
 
 A tracker is a listener with `close`. It can fail (no network, no login, a full disk): then it is dropped with one
 notice, and training goes on. Only the recipe is handed to them, never the environment.
@@ -51,12 +52,20 @@ def trackers(
         MissingLibraryError: a named tracker's client is not installed.
     """
     from kitaeru.report import hosted
+    from kitaeru.report.prometheus import Prometheus
     from kitaeru.report.tensorboard import TensorBoard
 
     tell = notify or _log
     found: list[Tracker] = []
     if section.tensorboard:
         found.append(Guarded(TensorBoard(run_dir / "tensorboard", config), tell))
+    if section.prometheus_port is not None:
+        try:
+            found.append(Guarded(Prometheus(section.prometheus_port, section.prometheus_address), tell))
+        except OSError as error:  # most likely another run serves there
+            text = tr("Prometheus gets no numbers of this run: port {port}: {error}", port=section.prometheus_port,
+                      error=error.strerror or error)  # fmt: skip
+            tell(Notice(level="warning", text=text))
     for project, make in (
         (section.wandb, hosted.Wandb),
         (section.mlflow, hosted.MLflow),
