@@ -337,7 +337,10 @@ class TrackSection(Section):
     mlflow: str | None = Field(None, description=N_("Name of an MLflow experiment (server from MLFLOW_TRACKING_URI)."))
     trackio: str | None = Field(None, description=N_("Name of a trackio project."))
     prometheus_port: int | None = Field(
-        None, ge=1, le=65535, description=N_("Serve the numbers for Prometheus on this port of localhost.")
+        None, ge=1, le=65535, description=N_("Serve the numbers for Prometheus on this port.")
+    )
+    prometheus_address: str = Field(
+        "127.0.0.1", description=N_("Where `prometheus_port` can be reached: this machine alone, or 0.0.0.0.")
     )
     device_seconds: float = Field(
         5.0, gt=0, description=N_("How often utilisation, memory, power and heat of the devices are looked at.")
