@@ -47,7 +47,7 @@ def start(run: Run, *, resume: bool, show: Show) -> str:
     from kitaeru.engine.launch import launch
 
     arguments = (str(run.folder), resume, show, language())
-    outcome, *words = launch(run.folder, _worker, arguments, run.plan.layout.devices, run.wish.limits.max_restarts)
+    outcome, *words = launch(run.folder, _worker, arguments, run.plan.layout.processes, run.wish.limits.max_restarts)
     if outcome == "interrupted":
         raise Interrupted(words[0], remedy=words[1])
     return str(outcome)

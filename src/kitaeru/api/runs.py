@@ -47,9 +47,9 @@ def train(wish: Recipe, *, resume: bool = False, show: Show = SHOWN) -> Path | N
         view.phase(tr("Starting"), 0, 0)
         prepared = prepare(wish, resume=resume, phase=view.phase)
         view.show_plan(prepared.plan)
-        if prepared.plan.layout.devices == 1:
+        if prepared.plan.layout.processes == 1:
             _here(prepared, view, console)
-    if prepared.plan.layout.devices > 1:
+    if prepared.plan.layout.processes > 1:
         try:
             ranks.start(prepared, resume=resume, show=show)
         finally:

@@ -82,16 +82,16 @@ def work(run: Run, place: Place, store: Any, listeners: Sequence[Listener], phas
         KitaeruError: as `train`.
     """
     layout = run.plan.layout
-    if layout.devices != place.size:
+    if layout.processes != place.size:
         raise TrainingError(
             tr(
                 "The plan is for {planned} processes, and {count} were started.",
-                planned=layout.devices,
+                planned=layout.processes,
                 count=place.size,
             ),
             remedy=tr(
                 "Start {planned}, or plan anew with --set limits.devices={count}.",
-                planned=layout.devices,
+                planned=layout.processes,
                 count=place.size,
             ),
         )

@@ -177,7 +177,7 @@ class Pricing:
         pipeline may want more of them. Where nothing fits, all are looked at: the smallest is not always the smallest
         micro-batch, since without accumulation no gradients wait.
         """
-        staged = row[0].strategy == "pipeline"
+        staged = row[0].strategy in ("pipeline", "model_parallel")
         full = False
         for layout in row if staged else reversed(row):
             if staged and full and layout is not row[-1]:

@@ -20,7 +20,11 @@ from kitaeru.shape import ModelShape
 DISK = "disk"
 # Variants the engine can run of a strategy that `recipe.checks.STRATEGIES_BUILT` names; the planner shows the others
 # and never chooses them.
-VARIANTS_BUILT: dict[str, tuple[str, ...]] = {"single": ("", DISK), "pipeline": ("1f1b",), "fsdp": ("", "grad")}
+VARIANTS_BUILT: dict[str, tuple[str, ...]] = {
+    "single": ("", DISK),
+    "pipeline": ("1f1b", "interleaved", "gpipe"),
+    "fsdp": ("", "grad"),
+}
 # Bases with which a built strategy is known to train exactly; a strategy that is not named takes all.
 BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none",)}
 SHARDED = ("fsdp", "zero3")
@@ -158,24 +162,21 @@ def _stages_have_layers(case: Case) -> str | None:
 
 def _trained_tables_are_on_one_device(case: Case) -> str | None:
     layout, shape = case.layout, case.shape
-    if layout.strategy != "pipeline" or shape is None or not shape.tied or layout.method in ("lora", "qlora"):
+    staged = layout.strategy in ("pipeline", "model_parallel")
+    if not staged or shape is None or not shape.tied or layout.method in ("lora", "qlora"):
         return None
     return tr(
         "Input and output share one table; a pipeline would train two copies of it, on its first and last device."
     )
 
 
-def _interleaving_goes_in_rounds(case: Case) -> str | None:
-    layout = case.layout
-    if layout.variant != "interleaved" or not case.micro_batches:
+def _stages_start_alone(case: Case) -> str | None:
+    lora = case.recipe.lora
+    if case.layout.strategy != "pipeline" or case.layout.method not in ("lora", "qlora"):
         return None
-    if case.micro_batches % layout.ranks_per_replica == 0:
+    if lora.init not in ("pissa", "olora") and not lora.dora:
         return None
-    return tr(
-        "An interleaved pipeline takes micro-batches in rounds of {ranks}; a step has {count}.",
-        ranks=layout.ranks_per_replica,
-        count=case.micro_batches,
-    )
+    return tr("PiSSA, OLoRA and DoRA start from the weights of every layer, and each process has only its own.")
 
 
 def _optimizer_sees_whole_weights(case: Case) -> str | None:
@@ -194,9 +195,13 @@ def _optimizer_sees_whole_weights(case: Case) -> str | None:
 
 def _pieces_have_no_loss_scale(case: Case) -> str | None:
     layout = case.layout
-    if layout.strategy != "fsdp" or layout.precision != "fp16" or layout.method in ("lora", "qlora"):
+    pieces = layout.strategy == "pipeline" or (layout.strategy == "fsdp" and layout.method not in ("lora", "qlora"))
+    if not pieces or layout.precision != "fp16":
         return None
-    return tr("fp16 scales the loss by what overflows, and with fsdp each device sees only its piece.")
+    return tr(
+        "fp16 scales the loss by what overflows, and with {strategy} each device sees only its piece.",
+        strategy=layout.strategy,
+    )
 
 
 def _offloaded_optimizer_is_adamw(case: Case) -> str | None:
@@ -255,7 +260,7 @@ RULES: tuple[Rule, ...] = (
     _tensor_divides_heads,
     _stages_have_layers,
     _trained_tables_are_on_one_device,
-    _interleaving_goes_in_rounds,
+    _stages_start_alone,
     _optimizer_sees_whole_weights,
     _pieces_have_no_loss_scale,
     _offloaded_optimizer_is_adamw,
@@ -307,12 +312,12 @@ def _all_arrangements(count: int) -> Iterator[Arrangement]:
         yield from (Arrangement(name) for name in ("ddp", "fsdp", "pipeline", "model_parallel", "tensor", *ZERO))
         return
     yield Arrangement("ddp", "", count, count)
-    yield Arrangement("model_parallel", "", count)
     yield from (Arrangement("fsdp", variant, count, count) for variant in ("", "grad"))
     for stages in (s for s in range(2, count + 1) if count % s == 0):
         yield Arrangement("pipeline", "1f1b", count, count // stages)
         yield Arrangement("pipeline", "interleaved", count, count // stages, 2)
         yield Arrangement("pipeline", "gpipe", count, count // stages)
+    yield Arrangement("model_parallel", "", count)
     yield Arrangement("tensor", "", count)
     yield from (Arrangement(name, variant, count, count) for name in ZERO for variant in _OFFLOADS[name])
 

@@ -51,9 +51,7 @@ def part_of(layout: Layout, shape: ModelShape, rank: int, micro_batches: int) ->
         return Part(shape)
     layers = sum(layout.cuts[rank::ranks])
     first, last = rank == 0, rank == ranks - 1
-    sets = 1.0
-    if layout.strategy == "pipeline":
-        sets = in_flight(layout.variant, rank, ranks, micro_batches, layout.chunks) / layout.chunks
+    sets = in_flight(layout.variant, rank, ranks, micro_batches, layout.chunks) / layout.chunks
     return Part(_shortened(shape, layers, first, last), last, sets)
 
 

@@ -301,7 +301,7 @@ def _staged(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int)
     ranks = layout.ranks_per_replica
     slowest = [min(at.devices[rank::ranks], key=lambda rates: rates.gemm) for rank in range(ranks)]
     stages = len(layout.cuts)
-    forward, backward, busy, found = [], [], [0.0] * ranks, [NOTHING] * ranks
+    forward, backward, busy, found, launched = [], [], [0.0] * ranks, [NOTHING] * ranks, 0.0
     for stage, layers in enumerate(layout.cuts):
         rank = stage % ranks
         layer = layer_on(layout, shape, load, slowest[rank], head=stage == stages - 1)
@@ -312,8 +312,11 @@ def _staged(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int)
         backward.append(back.seconds)
         busy[rank] += count * (ahead.device + back.device)
         found[rank] += ahead + back
+        launched += ahead.host + back.host
     sent = residual_bytes(layout) * layout.micro_batch_tokens * shape.hidden / at.link.bytes_s + at.link.latency
     seconds = _stages_seconds(layout, forward, backward, sent, count)
+    if layout.strategy == "model_parallel":  # one process launches for all devices
+        seconds = max(seconds, count * launched)
     trained = trained_parameters(layout, shape, load.setting.lora) / ranks
     ending = optimizer_bytes_moved(layout, trained, load.setting.optimizer) / slowest[0].stream
     shared = _all_reduce(replace(layout, devices=layout.replicas), at, 4 * trained) if layout.replicas > 1 else 0.0
@@ -337,8 +340,6 @@ def _stages_seconds(
 ) -> float:
     """From the first forward to the last backward pass of a step."""
     ranks = layout.ranks_per_replica
-    if layout.strategy == "model_parallel":  # one device after the other
-        return count * (sum(forward) + sum(backward) + 2 * sent * (ranks - 1))
     simulated = min(count, SIMULATED // ranks * ranks)
     seconds = simulate(orders(layout.variant, ranks, simulated, layout.chunks), forward, backward, sent).seconds
     beat = max(sum(forward[r::ranks]) + sum(backward[r::ranks]) for r in range(ranks))

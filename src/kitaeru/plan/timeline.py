@@ -43,10 +43,8 @@ def day(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> Day:
     found = step(layout, shape, load, at)
     count = load.micro_batches(layout)
     full = replace(layout, micro_batch_tokens=max(1, load.global_tokens // (layout.replicas * count)))
-    if layout.strategy == "pipeline":
+    if layout.strategy in ("pipeline", "model_parallel"):
         spans = _piped(full, shape, load, at, count, found)
-    elif layout.strategy == "model_parallel":
-        spans = _one_after_the_other(full, shape, load, at, count, found)
     else:
         spans = _side_by_side(full, shape, load, at, count, found)
     return Day(found.seconds, count, tuple(spans))
@@ -95,20 +93,4 @@ def _piped(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int, 
         for now, end in timeline.ended[rank % ranks]:
             seconds = forward[now.stage] if now.kind == "F" else backward[now.stage]
             yield Span(rank, "forward" if now.kind == "F" else "backward", end - seconds, end)
-        yield Span(rank, "optimizer", found.seconds - found.parts.get("optimizer", 0.0), found.seconds)
-
-
-def _one_after_the_other(
-    layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int, found: Step
-) -> Iterator[Span]:
-    forward, backward, sent = _stages(layout, shape, load, at)
-    passes = [(stage, "forward") for stage in range(len(forward))]
-    passes += [(stage, "backward") for stage in reversed(range(len(forward)))]
-    now = 0.0
-    for number in range(count * len(passes)):
-        stage, kind = passes[number % len(passes)]
-        seconds = forward[stage] if kind == "forward" else backward[stage]
-        yield Span(stage, "forward" if kind == "forward" else "backward", now, now + seconds)
-        now += seconds + (sent if stage != (len(forward) - 1 if kind == "forward" else 0) else 0.0)
-    for rank in range(layout.devices):
         yield Span(rank, "optimizer", found.seconds - found.parts.get("optimizer", 0.0), found.seconds)

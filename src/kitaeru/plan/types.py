@@ -49,6 +49,11 @@ class Layout:
         return self.devices // self.replicas
 
     @property
+    def processes(self) -> int:
+        """Processes that train: one for each device, or one that splits the layers over its devices itself."""
+        return 1 if self.strategy == "model_parallel" else self.devices
+
+    @property
     def way(self) -> str:
         """The strategy with its variant: `single`, `pipeline-1f1b` or, with two copies, `pipeline-1f1b-dp2`."""
         copies = f"dp{self.replicas}" if self.strategy == "pipeline" and self.replicas > 1 else ""

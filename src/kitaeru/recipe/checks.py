@@ -13,7 +13,7 @@ from kitaeru.recipe.fields import leaves, value_at
 from kitaeru.recipe.types import Recipe
 
 # What `strategy` can be today; the others are planned and refused until they are here.
-STRATEGIES_BUILT = ("auto", "single", "ddp", "fsdp")
+STRATEGIES_BUILT = ("auto", "single", "ddp", "fsdp", "pipeline", "model_parallel")
 _BITS = {"nf4": 4, "int8": 8}
 
 

@@ -6,13 +6,14 @@ from itertools import pairwise
 
 import pytest
 
-from kitaeru.plan.pipeline import Pass, balanced_cuts, in_flight, orders, simulate
+from kitaeru.plan.pipeline import Pass, balanced_cuts, in_flight, in_one_process, orders, simulate
 
 RANKS, MICRO_BATCHES = (2, 3, 4, 8), (1, 2, 3, 8, 16)
 FORWARD, BACKWARD = 1.0, 2.0
 CASES = [("gpipe", p, m, 1) for p in RANKS for m in MICRO_BATCHES]
 CASES += [("1f1b", p, m, 1) for p in RANKS for m in MICRO_BATCHES]
 CASES += [("interleaved", p, p * k, v) for p in RANKS for k in (1, 2, 4) for v in (2, 3)]
+UNEVEN = [("interleaved", p, m, v) for p in RANKS for m in (1, 3, 5, 11) for v in (2, 3) if m % p]
 
 
 @pytest.mark.parametrize(("schedule", "p", "m", "v"), CASES)
@@ -24,7 +25,7 @@ def test_equal_stages_idle_as_the_formula_says(schedule: str, p: int, m: int, v:
         assert idle == pytest.approx((p - 1) / (v * m + p - 1))
 
 
-@pytest.mark.parametrize(("schedule", "p", "m", "v"), CASES)
+@pytest.mark.parametrize(("schedule", "p", "m", "v"), [*CASES, *UNEVEN])
 def test_each_rank_does_every_pass_once(schedule: str, p: int, m: int, v: int) -> None:
     for rank, passes in enumerate(orders(schedule, p, m, v)):
         stages = range(rank, p * v, p)
@@ -41,6 +42,34 @@ def test_what_is_kept_at_once_is_counted(schedule: str, p: int, m: int, v: int) 
             kept += 1 if now.kind == "F" else -1
             most = max(most, kept)
         assert in_flight(schedule, rank, p, m, v) == most
+
+
+@pytest.mark.parametrize(("schedule", "p", "m", "v"), UNEVEN)
+def test_a_last_round_may_be_short(schedule: str, p: int, m: int, v: int) -> None:
+    order = orders(schedule, p, m, v)
+    full = simulate(orders(schedule, p, -(-m // p) * p, v), [1.0] * p * v, [2.0] * p * v)
+    assert simulate(order, [1.0] * p * v, [2.0] * p * v).seconds <= full.seconds
+    for rank, passes in enumerate(order):
+        kept = [sum(1 if now.kind == "F" else -1 for now in passes[: i + 1]) for i in range(len(passes))]
+        assert max(kept) <= in_flight(schedule, rank, p, m, v)
+
+
+@pytest.mark.parametrize(("schedule", "p", "m", "v"), [*CASES, *UNEVEN])
+def test_one_process_finds_everything_it_needs(schedule: str, p: int, m: int, v: int) -> None:
+    order = orders(schedule, p, m, v)
+    passes, done = in_one_process(order), set()
+    assert sorted(passes, key=str) == sorted((now for each in order for now in each), key=str)
+    for now in passes:
+        if now.kind == "F" and now.stage:
+            assert Pass("F", now.stage - 1, now.micro_batch) in done
+        if now.kind == "B":
+            behind = (
+                Pass("B", now.stage + 1, now.micro_batch)
+                if now.stage < p * v - 1
+                else Pass("F", now.stage, now.micro_batch)
+            )
+            assert behind in done
+        done.add(now)
 
 
 def test_the_slowest_stage_sets_the_beat() -> None:

