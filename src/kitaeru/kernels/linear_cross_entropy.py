@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+
 IGNORED = -100
 CHUNK_ROWS = 512
 
@@ -29,7 +31,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softca
 
     Rows that do not count never meet the head: prompt tokens cost nothing here. Peak memory is one chunk of fp32
     logits and one copy of it, `2 * CHUNK_ROWS * V * 4` bytes, and the gradient of `hidden` (and of `weight`, in fp32,
-    when it is trained).
+    when it is trained). On a GPU in 16 bits it is `CHUNK_ROWS * V * 2` bytes: the gradient takes the logits' place.
     """
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, softcap)  # type: ignore[no-untyped-call]
     return loss
@@ -56,6 +58,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for chunk in rows.split(CHUNK_ROWS):
             x, wanted = hidden_compute[chunk], targets[chunk]
+            if use_triton(x) and x.dtype != torch.float32 and not softcap:
+                grad = x @ weight_compute.T
+                loss += _softmax_in_place(grad, wanted).sum()
+                if grad_hidden is not None:
+                    grad_hidden[chunk] = (grad @ weight_compute).to(grad_hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += grad.T @ x
+                del grad
+                continue
             logits = logits_of(x, weight_compute, softcap)
             log_total = torch.logsumexp(logits, dim=-1)
             loss += (log_total - logits.gather(1, wanted[:, None]).squeeze(1)).sum()
@@ -85,3 +96,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _softmax_in_place(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each row, fp32 [rows]; logits [rows, V] become their gradient, softmax less one at the target."""
+    rows, vocab = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _row_loss[(rows,)](logits, targets, losses, logits.stride(0), vocab, BLOCK=8192, num_warps=16)
+    return losses
+
+
+if triton is not None:
+
+    @triton.jit
+    def _row_loss(logits, targets, losses, stride, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * stride
+        columns = tl.arange(0, BLOCK)
+        target = tl.load(targets + row)
+        highest = tl.full([BLOCK], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab, BLOCK):
+            at = start + columns
+            values = tl.load(logits + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+            new = tl.maximum(highest, values)
+            # A lane that has seen nothing yet has nothing to scale.
+            total = total * tl.where(highest == float("-inf"), 0.0, tl.exp(highest - new))
+            total += tl.where(new == float("-inf"), 0.0, tl.exp(values - new))
+            highest = new
+        top = tl.max(highest, 0)
+        log_total = top + tl.log(tl.sum(total * tl.where(highest == float("-inf"), 0.0, tl.exp(highest - top)), 0))
+        tl.store(losses + row, log_total - tl.load(logits + target).to(tl.float32))
+        tl.debug_barrier()  # the target's logit has been read before it is overwritten
+        for start in range(0, vocab, BLOCK):
+            at = start + columns
+            values = tl.load(logits + at, mask=at < vocab, other=0.0).to(tl.float32)
+            gradient = tl.exp(values - log_total) - tl.where(at == target, 1.0, 0.0)
+            tl.store(logits + at, gradient.to(logits.dtype.element_ty), mask=at < vocab)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,3 +78,49 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longe
     output = varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(output, Tensor)
     return output.transpose(0, 1)[None]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What `attend` gives: the output [T, heads, D], and the inputs as leaves of the graph behind it."""
+
+    output: Tensor
+    inputs: tuple[Tensor, Tensor, Tensor]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float) -> Attended:
+    """`packed_attention` with its two passes apart, for [T, heads, D] and [T, kv_heads, D]; nothing is repeated.
+
+    On CUDA in 16 bits flash attention; elsewhere torch's SDPA, example by example.
+    """
+    inputs = (query.detach().requires_grad_(), key.detach().requires_grad_(), value.detach().requires_grad_())
+    with torch.enable_grad():
+        if not _in_16_bits(query):
+            output = _by_example(*inputs, cu_seqlens, scale)
+        else:
+            output = torch.ops.aten._flash_attention_forward(
+                *inputs, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False, scale=scale
+            )[0]
+    return Attended(output, inputs)
+
+
+def attend_backward(upstream: Tensor, done: Attended) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, in their shapes. Once for each `attend`."""
+    dq, dk, dv = torch.autograd.grad(done.output, done.inputs, upstream)
+    return dq, dk, dv
+
+
+def _in_16_bits(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_flash(query.device)
+
+
+def _by_example(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    gqa = query.shape[1] != key.shape[1]
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+    pieces = [
+        F.scaled_dot_product_attention(
+            q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=scale, enable_gqa=gqa
+        )
+        for a, b in itertools.pairwise(cu_seqlens.tolist())
+    ]
+    return torch.cat(pieces, dim=2)[0].transpose(0, 1)

@@ -1,0 +1,182 @@
+"""Compile every Triton kernel of the fused layer for a GPU that need not be there, and record what the compiler says.
+
+    python benchmarks/compile_kernels.py --sm 86 90 --out benchmarks/results/kernels-compiled.csv
+
+Registers a thread, bytes spilled, shared memory of a block (sm_86 has 99 KB), and the tensor-core instructions found
+in the PTX. Needs the `triton` package and no GPU. Shapes are those of a Llama-3-8B layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+
+from kitaeru.kernels import adapter, frozen, gated, norm, product, rotary, rows
+
+FIELDS = ("kernel", "variant", "sm", "registers", "spilled_bytes", "shared_bytes", "instructions", "seconds")
+EIGHT = {"fp8": "fp8e4nv", "int8": "i8"}
+
+
+def sources(eight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """name, kernel, types of the arguments by name, constants, options."""
+    kind, top, int8 = "*" + EIGHT[eight], 112.0 if eight == "fp8" else 127.0, eight == "int8"
+    short, single, byte = "*bf16", "*fp32", "*u8"
+    yield (
+        "round", rows._round,
+        {"x": short, "y": kind, "scale": single, "x_stride": "i32", "y_stride": "i32", "width": "i32"},
+        {"TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
+    )  # fmt: skip
+    yield (
+        "norm", norm._norm,
+        {"x": short, "delta": short, "total": short, "weight": short, "y": kind, "scale": single, "rstd": single,
+         "y_stride": "i32", "width": "i32", "eps": "fp32"},
+        {"TOP": top, "INT8": int8, "ADD": True, "BLOCK": 4096}, {"num_warps": 8},
+    )  # fmt: skip
+    yield (
+        "norm_backward", norm._norm_backward,
+        {"dy": short, "y": kind, "y_scale": single, "rstd": single, "weight": short, "along": short, "dx": short,
+         "rows": kind, "scale": single, "y_stride": "i32", "rows_stride": "i32", "width": "i32"},
+        {"SCALED": True, "WRITE": True, "TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
+    )  # fmt: skip
+    yield (
+        "gated", gated._gated,
+        {"both": short, "rows": kind, "scale": single, "kept": kind, "gate_scale": single, "up_scale": single,
+         "rows_stride": "i32", "width": "i32"},
+        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": 4096},
+        {"num_warps": 16},
+    )  # fmt: skip
+    yield (
+        "gated_backward", gated._gated_backward,
+        {"upstream": short, "gates": kind, "gate_scale": single, "ups": kind, "up_scale": single,
+         "kept_stride": "i32", "gradient": kind, "gradient_scale": single, "product": kind, "product_scale": single,
+         "gradient_stride": "i32", "width": "i32"},
+        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": 4096}, {"num_warps": 16},
+    )  # fmt: skip
+    for normed in (False, True):
+        yield (
+            f"rotate{'_normed' * normed}", rotary._rotate,
+            {"qkv": short, "cos": short, "sin": short, "q_norm": short, "k_norm": short, "inverse": single,
+             "stride": "i32", "angle_stride": "i32", "query": "i32", "count": "i32", "eps": "fp32"},
+            {"NORM": normed, "D": 128, "HALF": 64, "HEADS": 64}, {"num_warps": 4},
+        )  # fmt: skip
+        yield (
+            f"rotate_backward{'_normed' * normed}", rotary._rotate_backward,
+            {"dq": short, "dk": short, "dv": short, "qkv": short, "inverse": single, "cos": short, "sin": short,
+             "q_norm": short, "k_norm": short, "rows": kind, "scale": single,
+             **dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "stride", "angle_stride",
+                              "rows_stride", "query", "key"), "i32")},
+            {"NORM": normed, "TOP": top, "INT8": int8, "D": 128, "HALF": 64, "QUERY": 32, "KEY": 8},
+            {"num_warps": 8},
+        )  # fmt: skip
+    for name, turned in (("expand", False), ("expand_transposed", True)):
+        yield (
+            name, frozen._expand,
+            {"data": byte, "absmax": byte, "code": single, "absmax_code": single, "absmax_scale": single,
+             "absmax_offset": "fp32", "scale": single, "out": kind, "out_stride": "i32", "outputs": "i32",
+             "inputs": "i32", "done": "i32"},
+            {"KIND": 2, "NESTED": True, "SCALED": True, "INT8": int8, "TRANSPOSED": turned,
+             "ROWS": 64 if turned else 32, "COLUMNS": 128 if turned else 256}, {"num_warps": 4},
+        )  # fmt: skip
+    if eight == "fp8":
+        yield (
+            "extend", frozen._extend,
+            {"values": short, "scale": single, "out": kind, "row_stride": "i32", "rank_stride": "i32",
+             "out_stride": "i32", "rows": "i32", "width": "i32", "rank": "i32", "extra": "i32"},
+            {"SCALED": True, "LOW": 2, "ROWS": 32, "EXTRA": 256}, {"num_warps": 4},
+        )  # fmt: skip
+    yield (
+        "project", adapter._project,
+        {"x": kind, "scale": single, "p": short, "out": short, "x_stride": "i32", "tokens": "i32", "width": "i32",
+         "rank": "i32"},
+        {"SCALED": True, "ROWS": 32, "COLUMNS": 128, "RANK": 64}, {"num_warps": 4, "num_stages": 4},
+    )  # fmt: skip
+    yield (
+        "outer", adapter._outer,
+        {"p": short, "x": kind, "scale": single, "out": single, "p_stride": "i32", "x_stride": "i32",
+         "tokens": "i32", "width": "i32", "rank": "i32", "each": "i32"},
+        {"SCALED": True, "ROWS": 128, "COLUMNS": 128, "RANK": 64}, {"num_warps": 4, "num_stages": 3},
+    )  # fmt: skip
+    if eight == "int8":
+        for number, config in enumerate(product._CONFIGS):
+            yield (
+                f"product_int8_{number}", product._int8.fn,
+                {"x": kind, "w": kind, "x_scale": single, "w_scale": single, "left": short, "right": short,
+                 "out": short,
+                 **dict.fromkeys(("tokens", "outputs", "inputs", "x_stride", "w_stride", "rank", "left_stride",
+                                  "right_row", "right_rank"), "i32")},
+                {"THIN": True, "RANK": 64, **config.kwargs},
+                {"num_warps": config.num_warps, "num_stages": config.num_stages},
+            )  # fmt: skip
+
+
+def compiled(sm: int, kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, int]) -> Any:
+    """The kernel for one architecture; strides and sizes are multiples of 16, as in real models."""
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: types.get(name, "constexpr") for name in names}
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if types.get(name, "").startswith("*") or types.get(name) == "i32"
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return compile_kernel(source, target=GPUTarget("cuda", sm, 32), options=options)
+
+
+def resources(result: Any) -> tuple[int, int]:
+    """Registers and spilled bytes, from the assembler."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(result.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    text = said.stdout + said.stderr
+    registers, local = re.search(r"REG:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
+    return int(registers[1]) if registers else 0, int(local[1]) if local else 0
+
+
+def main() -> None:
+    import time
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sm", type=int, nargs="+", default=[86, 90])
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    found = []
+    for sm in arguments.sm:
+        for eight in ("int8", "fp8") if sm >= 89 else ("int8",):
+            for name, kernel, types, constants, options in sources(eight):
+                started = time.perf_counter()
+                result = compiled(sm, kernel, types, constants, options)
+                registers, spilled = resources(result)
+                instructions = sorted(set(re.findall(r"(?:mma\.sync|wgmma\.mma_async)[\w.:]*", result.asm["ptx"])))
+                found.append(
+                    dict(
+                        zip(
+                            FIELDS,
+                            (name, eight, sm, registers, spilled, result.metadata.shared, " ".join(instructions),
+                             round(time.perf_counter() - started, 1)),
+                            strict=True,
+                        )
+                    )  # fmt: skip
+                )
+                print(found[-1], flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""RMSNorm that adds a residual, rounds its result for the next product, and goes backward from what it rounded.
+
+x, delta: [T, h]; weight [h]. y = (x + delta) * rstd * weight, rstd = 1 / sqrt(mean((x + delta)^2) + eps).
+The weight is frozen: there is no gradient for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kitaeru.kernels.rows import Rows, empty_rows, put_rows, top
+from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+
+if triton is not None:
+    from kitaeru.kernels.rows import store_rounded
+
+
+def norm_reference(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, extra: int
+) -> tuple[Tensor, Rows, Tensor]:
+    """The definition: (x + delta, y as Rows, rstd fp32 [T])."""
+    total = x if delta is None else x + delta
+    wide = total.float()
+    rstd = torch.rsqrt(wide.square().mean(1) + eps)
+    y = wide * rstd[:, None] * weight.float()
+    return total, put_rows(y, empty_rows(*x.shape, extra, dtype, x)), rstd
+
+
+def norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, extra: int
+) -> tuple[Tensor, Rows, Tensor]:
+    """The same in one pass over memory. Without `delta` the first result is x itself."""
+    if not use_triton(x):
+        return norm_reference(x, delta, weight, eps, dtype, extra)
+    tokens, width = x.shape
+    rows = empty_rows(tokens, width, extra, dtype, x)
+    rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    total = x if delta is None else torch.empty_like(x)
+    _norm[(tokens,)](
+        x, delta, total, weight, rows.data, rows.scale, rstd, rows.data.stride(0), width, eps,
+        TOP=top(dtype), INT8=dtype == torch.int8, ADD=delta is not None, BLOCK=triton.next_power_of_2(width),
+        num_warps=_warps(width),
+    )  # fmt: skip
+    return total, rows, rstd
+
+
+def norm_backward_reference(
+    dy: Tensor, y: Rows, rstd: Tensor, weight: Tensor, along: Tensor, dtype: torch.dtype | None, extra: int
+) -> tuple[Tensor, Rows | None]:
+    """The definition: the gradient of x, plus `along` [T, h], the gradient that the residual brings.
+
+    From y alone: with n = y / weight, dx = rstd (weight dy - n mean(y dy)). With `dtype` also as Rows.
+    """
+    values, scale = y.values.float(), weight.float()
+    n = torch.where(scale == 0, 0.0, values / scale)
+    inner = (values * dy.float()).mean(1, keepdim=True)
+    dx = along.float() + rstd[:, None] * (scale * dy.float() - n * inner)
+    result = dx.to(along.dtype)
+    return result, None if dtype is None else put_rows(dx, empty_rows(*dy.shape, extra, dtype, dy))
+
+
+def norm_backward(
+    dy: Tensor, y: Rows, rstd: Tensor, weight: Tensor, along: Tensor, dtype: torch.dtype | None, extra: int
+) -> tuple[Tensor, Rows | None]:
+    """The same in one pass over memory."""
+    if not use_triton(dy):
+        return norm_backward_reference(dy, y, rstd, weight, along, dtype, extra)
+    tokens, width = dy.shape
+    result = torch.empty_like(along)
+    rows = None if dtype is None else empty_rows(tokens, width, extra, dtype, dy)
+    _norm_backward[(tokens,)](
+        dy, y.data, y.scale, rstd, weight, along, result,
+        None if rows is None else rows.data, None if rows is None else rows.scale,
+        y.data.stride(0), 0 if rows is None else rows.data.stride(0), width,
+        SCALED=y.scale is not None, WRITE=rows is not None, TOP=0.0 if dtype is None else top(dtype),
+        INT8=dtype == torch.int8, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+    )  # fmt: skip
+    return result, rows
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 2048 else 8 if width <= 8192 else 16
+
+
+if triton is not None:
+
+    @triton.jit
+    def _norm(  # type: ignore[no-untyped-def]
+        x, delta, total, weight, y, scale, rstd, y_stride, width, eps,
+        TOP: tl.constexpr, INT8: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, BLOCK)
+        inside = at < width
+        values = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            values += tl.load(delta + row * width + at, mask=inside, other=0.0).to(tl.float32)
+            values = values.to(total.dtype.element_ty)
+            tl.store(total + row * width + at, values, mask=inside)
+            values = values.to(tl.float32)
+        inverse = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
+        tl.store(rstd + row, inverse)
+        result = values * inverse * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        if TOP > 0:
+            step = tl.maximum(tl.max(tl.abs(result), 0) / TOP, 1e-12)
+            tl.store(scale + row, step)
+            result *= 1.0 / step
+        store_rounded(y + row * y_stride + at, result, inside, INT8)
+
+    @triton.jit
+    def _norm_backward(  # type: ignore[no-untyped-def]
+        dy, y, y_scale, rstd, weight, along, dx, rows, scale, y_stride, rows_stride, width,
+        SCALED: tl.constexpr, WRITE: tl.constexpr, TOP: tl.constexpr, INT8: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, BLOCK)
+        inside = at < width
+        up = tl.load(dy + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(y + row * y_stride + at, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            values *= tl.load(y_scale + row)
+        by = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        inner = tl.sum(up * values, 0) / width
+        n = tl.where(by == 0, 0.0, values / tl.where(by == 0, 1.0, by))
+        result = tl.load(rstd + row) * (by * up - n * inner)
+        result += tl.load(along + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * width + at, result.to(dx.dtype.element_ty), mask=inside)
+        if WRITE:
+            if TOP > 0:
+                step = tl.maximum(tl.max(tl.abs(result), 0) / TOP, 1e-12)
+                tl.store(scale + row, step)
+                result *= 1.0 / step
+            store_rounded(rows + row * rows_stride + at, result, inside, INT8)

@@ -1,0 +1,124 @@
+"""Matrices of activations, a row for each token, in the numbers that the next matrix product takes.
+
+`Rows` is [T, K] in 16 or 32 bits, FP8 (e4m3) or INT8; the 8-bit ones have one fp32 scale for each row. It has room for
+E further columns on the right: what an adapter adds to a product `x W^T` is a product too, `(x A^T) B^T`, so with
+`x A^T` written beside x and B beside W one matrix product gives the sum. In FP8 both are written as a high and a low
+part and the three larger of the four products are kept, which gives about 8 significant bits.
+
+FP8 scales leave a factor of 4 below the largest number that e4m3 holds (a floating-point format loses nothing by it),
+which is the room that the adapter's columns need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+
+Arithmetic = Literal["16bit", "fp8", "int8"]
+FP8_MOST = 448.0
+FP8_TOP = 112.0
+INT8_TOP = 127.0
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`data` [T, K + E], `scale` fp32 [T] for 8-bit data (value = data * scale), and K."""
+
+    data: Tensor
+    scale: Tensor | None
+    width: int
+
+    @property
+    def values(self) -> Tensor:
+        """The first K columns, in fp32 or wider for 8-bit data, as they are otherwise."""
+        own = self.data[:, : self.width]
+        return own if self.scale is None else own.float() * self.scale[:, None]
+
+
+def storage(arithmetic: Arithmetic, compute: torch.dtype) -> torch.dtype:
+    """The dtype of `Rows.data`."""
+    return {"16bit": compute, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[arithmetic]
+
+
+def top(dtype: torch.dtype) -> float:
+    """What the largest number of a row becomes; 0 for data without a scale."""
+    return {torch.float8_e4m3fn: FP8_TOP, torch.int8: INT8_TOP}.get(dtype, 0.0)
+
+
+def extra_columns(arithmetic: Arithmetic, rank: int) -> int:
+    """E for an adapter whose ranks sum to `rank`: a multiple of 16, which FP8 products need.
+
+    >>> extra_columns("fp8", 48), extra_columns("16bit", 8), extra_columns("int8", 48)
+    (144, 16, 0)
+    """
+    copies = {"16bit": 1, "fp8": 3, "int8": 0}[arithmetic]
+    return -(-copies * rank // 16) * 16
+
+
+def empty_rows(tokens: int, width: int, extra: int, dtype: torch.dtype, like: Tensor) -> Rows:
+    """Rows to be filled, on the device of `like`."""
+    data = torch.empty((tokens, width + extra), dtype=dtype, device=like.device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=like.device) if top(dtype) else None
+    return Rows(data, scale, width)
+
+
+def put_rows(values: Tensor, rows: Rows) -> Rows:
+    """Write values [T, K] into `rows`, rounded to nearest; the reference for every kernel that ends in 8 bits."""
+    if rows.scale is None:
+        rows.data[:, : rows.width] = values
+        return rows
+    largest = top(rows.data.dtype)
+    scale = (values.float().abs().amax(1) / largest).clamp_min(TINY)
+    scaled = values.float() / scale[:, None]
+    rows.data[:, : rows.width] = scaled.round() if rows.data.dtype == torch.int8 else scaled
+    rows.scale.copy_(scale)
+    return rows
+
+
+def round_rows(values: Tensor, dtype: torch.dtype, extra: int = 0) -> Rows:
+    """Values [T, K] as `Rows` of a dtype, with E further columns that are not written."""
+    rows = empty_rows(*values.shape, extra, dtype, values)
+    if not use_triton(values):
+        return put_rows(values, rows)
+    _round[(len(values),)](
+        values, rows.data, rows.scale, values.stride(0), rows.data.stride(0), rows.width,
+        TOP=top(dtype), INT8=dtype == torch.int8, BLOCK=min(4096, triton.next_power_of_2(rows.width)), num_warps=8,
+    )  # fmt: skip
+    return rows
+
+
+if triton is not None:
+
+    @triton.jit
+    def store_rounded(pointer, values, mask, INT8: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Store fp32 values in the pointer's dtype, INT8 rounded half to even as torch does."""
+        if INT8:
+            # 1.5 * 2**23: adding it leaves no room for a fraction, so the sum is rounded to an integer.
+            values = (values + 12582912.0) - 12582912.0
+        tl.store(pointer, values.to(pointer.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _round(x, y, scale, x_stride, y_stride, width, TOP: tl.constexpr, INT8: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = tl.program_id(0).to(tl.int64)
+        x += row * x_stride
+        y += row * y_stride
+        columns = tl.arange(0, BLOCK)
+        factor = 1.0
+        if TOP > 0:
+            largest = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, width, BLOCK):
+                at = start + columns
+                largest = tl.maximum(largest, tl.abs(tl.load(x + at, mask=at < width, other=0).to(tl.float32)))
+            step = tl.maximum(tl.max(largest, 0) / TOP, 1e-12)
+            tl.store(scale + row, step)
+            factor = 1.0 / step
+        for start in range(0, width, BLOCK):
+            at = start + columns
+            values = tl.load(x + at, mask=at < width, other=0).to(tl.float32) * factor
+            store_rounded(y + at, values, at < width, INT8)

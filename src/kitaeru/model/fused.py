@@ -1,0 +1,297 @@
+"""A decoder layer of the Llama family with a frozen base and LoRA, as one operation with both passes written out.
+
+    n1 = norm(x)            qkv = n1 W + adapters     q, k turned       o = attention
+    r  = x + o W + adapter  n2 = norm(r)              gate | up = n2 W + adapters
+    y  = r + (act(gate) up) W + adapter
+
+Backward needs n1, q, k, v, o, n2, gate and up: n1 and n2 are kept as the products read them (8 bits where these are in
+8 bits), gate and up in 8 or 16 bits, and the residual stream not at all. Frozen weights are expanded from how they are
+stored into what a product reads, for the time of that product.
+
+It is put on a layer's instance after a comparison with the layer's own code; what does not fit is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from kitaeru.kernels.adapter import project
+from kitaeru.kernels.gated import Activation, Kept, gated, gated_backward
+from kitaeru.kernels.norm import norm, norm_backward
+from kitaeru.kernels.packed_attention import Attended, attend, attend_backward
+from kitaeru.kernels.rotary import Heads, rotate, rotate_backward
+from kitaeru.kernels.rows import Arithmetic, Rows, round_rows, storage
+from kitaeru.model.site import Site, Unfit, site_of
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens of a micro-batch stand: cos and sin [T, D], starts int32 [examples + 1], the longest example."""
+
+    cos: Tensor
+    sin: Tensor
+    cu_seqlens: Tensor
+    longest: int
+
+
+@dataclass
+class Saved:
+    """What one layer keeps of a micro-batch for its backward pass."""
+
+    n1: Rows
+    rstd1: Tensor
+    thin_qkv: Tensor | None
+    qkv: Tensor
+    inverse: Tensor | None
+    attended: Attended
+    thin_o: Tensor | None
+    n2: Rows
+    rstd2: Tensor
+    thin_both: Tensor | None
+    kept: Kept
+    thin_down: Tensor | None = None
+
+
+@dataclass
+class FusedLayer:
+    """The layer. `keep`: the numbers gate and up are kept in; `recompute`: keep only the input."""
+
+    qkv: Site
+    out: Site
+    both: Site
+    down: Site
+    norm1: Tensor
+    norm2: Tensor
+    eps: float
+    heads: Heads
+    scale: float
+    activation: Activation
+    keep: Arithmetic = "16bit"
+    recompute: bool = False
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, in the order of `backward`'s gradients."""
+        return [p for site in (self.qkv, self.out, self.both, self.down) for p in site.parameters]
+
+    def __call__(self, hidden: Tensor, place: Place) -> Tensor:
+        """[T, h] to [T, h]."""
+        result: Tensor = _Layer.apply(hidden, self, place, torch.is_grad_enabled(), *self.parameters)  # type: ignore[no-untyped-call]
+        return result
+
+    def forward(self, x: Tensor, place: Place, *, finish: bool = True) -> tuple[Tensor | None, Saved]:
+        """The result and what backward needs; without `finish` not the last product, which backward does not need."""
+        _, n1, rstd1 = norm(x, None, self.norm1, self.eps, self.qkv.dtype, self.qkv.extra)
+        qkv, thin_qkv = self.qkv.forward(n1)
+        inverse = rotate(qkv, place.cos, place.sin, self.heads)
+        attended = attend(*self.heads.split(qkv), place.cu_seqlens, place.longest, self.scale)
+        o = round_rows(attended.output.detach().flatten(1), self.out.dtype, self.out.extra)
+        step, thin_o = self.out.forward(o)
+        del o
+        r, n2, rstd2 = norm(x, step, self.norm2, self.eps, self.both.dtype, self.both.extra)
+        del step
+        both, thin_both = self.both.forward(n2)
+        keep = storage(self.keep, both.dtype)
+        active, kept = gated(both, self.activation, self.down.dtype, self.down.extra, keep)
+        del both
+        saved = Saved(n1, rstd1, thin_qkv, qkv, inverse, attended, thin_o, n2, rstd2, thin_both, kept)
+        if not finish:
+            if self.down.rank:
+                saved.thin_down = project(active, self.down.thin()[0])
+            return None, saved
+        step, saved.thin_down = self.down.forward(active)
+        return step.add_(r), saved
+
+    def backward(self, dy: Tensor, s: Saved, place: Place, *, needs_input: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradients of the input and of `parameters`."""
+        g = round_rows(dy, self.down.dtype, self.down.extra)
+        d_active, dthin = self.down.backward(g)
+        assert d_active is not None
+        d_both, active = gated_backward(d_active, s.kept, self.activation, self.both.dtype, self.both.extra)
+        of_down = self.down.gradients(active, s.thin_down, dthin, g)
+        del d_active, active, g
+        s.kept = s.thin_down = None  # type: ignore[assignment]
+        d_n2, dthin = self.both.backward(d_both)
+        assert d_n2 is not None
+        of_both = self.both.gradients(s.n2, s.thin_both, dthin, d_both)
+        del d_both
+        d_r, g2 = norm_backward(d_n2, s.n2, s.rstd2, self.norm2, dy, self.out.dtype, self.out.extra)
+        assert g2 is not None
+        del d_n2
+        s.n2 = s.thin_both = None  # type: ignore[assignment]
+        d_o, dthin = self.out.backward(g2)
+        assert d_o is not None
+        o = s.attended.output.detach().flatten(1)
+        of_out = self.out.gradients(Rows(o, None, o.shape[1]), s.thin_o, dthin, g2)
+        del g2, o
+        d_parts = attend_backward(d_o.view(s.attended.output.shape), s.attended)
+        del d_o
+        d_qkv = rotate_backward(
+            *d_parts, s.qkv, s.inverse, place.cos, place.sin, self.heads, self.qkv.dtype, self.qkv.extra
+        )
+        del d_parts
+        s.qkv = s.attended = None  # type: ignore[assignment]
+        d_n1, dthin = self.qkv.backward(d_qkv, needs_input=needs_input)
+        of_qkv = self.qkv.gradients(s.n1, s.thin_qkv, dthin, d_qkv)
+        del d_qkv
+        dx = None
+        if d_n1 is not None:
+            dx, _ = norm_backward(d_n1, s.n1, s.rstd1, self.norm1, d_r, None, 0)
+        return dx, [*of_qkv, *of_out, *of_both, *of_down]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FusedLayer, place: Place, keeps: bool, *_: nn.Parameter) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            result, saved = layer.forward(x, place)
+        assert result is not None
+        ctx.layer, ctx.place = layer, place
+        if keeps and layer.recompute:
+            ctx.save_for_backward(x)
+        elif keeps:
+            ctx.kept = saved
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        layer: FusedLayer = ctx.layer
+        dy = upstream[0].contiguous()
+        with torch.autocast(dy.device.type, enabled=False):
+            if layer.recompute:
+                (x,) = ctx.saved_tensors
+                _, saved = layer.forward(x, ctx.place, finish=False)
+            else:
+                saved, ctx.kept = ctx.kept, None
+                if saved is None:
+                    raise RuntimeError("the backward pass of this layer has run already")
+            dx, gradients = layer.backward(dy, saved, ctx.place, needs_input=ctx.needs_input_grad[0])
+        return dx, None, None, None, *gradients
+
+
+def fused_layer(layer: Any, config: PretrainedConfig, arithmetic: Arithmetic, compute: torch.dtype) -> FusedLayer:
+    """What is computed by this decoder layer, if its parts have the names and types of the Llama family.
+
+    Raises:
+        Unfit: they have not.
+    """
+    try:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        first, second = layer.input_layernorm, layer.post_attention_layernorm
+        head_dim, scale = attention.head_dim, attention.scaling
+    except AttributeError as error:
+        raise Unfit(f"no {error.name}") from error
+    extra = {name for name, _ in layer.named_children()} - {
+        "self_attn", "mlp", "input_layernorm", "post_attention_layernorm",
+    }  # fmt: skip
+    if extra:
+        raise Unfit(f"a part called {min(extra)}")
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    norms = [n for n in (first, second, q_norm, k_norm) if n is not None]
+    if any(n.weight.requires_grad for n in norms):
+        raise Unfit("a trained norm")
+    if (q_norm is None) != (k_norm is None) or (q_norm is not None and q_norm.weight.shape != (head_dim,)):
+        raise Unfit("a norm over all heads")
+    kv = config.num_key_value_heads
+    heads = Heads(
+        config.num_attention_heads, kv, head_dim,
+        None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
+        1e-6 if q_norm is None else _eps(q_norm),
+    )  # fmt: skip
+    if _eps(first) != _eps(second):
+        raise Unfit("two norms of different kinds")
+    return FusedLayer(
+        qkv=site_of(projections, arithmetic, compute),
+        out=site_of((attention.o_proj,), arithmetic, compute),
+        both=site_of((gate, up), arithmetic, compute),
+        down=site_of((down,), arithmetic, compute),
+        norm1=first.weight,
+        norm2=second.weight,
+        eps=_eps(first),
+        heads=heads,
+        scale=scale,
+        activation=_activation(mlp),
+    )
+
+
+def _eps(module: Any) -> float:
+    for name in ("variance_epsilon", "eps"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    raise Unfit("a norm without an epsilon")
+
+
+def _activation(mlp: Any) -> Activation:
+    kind = type(getattr(mlp, "act_fn", None))
+    if kind is type(ACT2FN["silu"]):
+        return "silu"
+    if kind is type(ACT2FN["gelu_pytorch_tanh"]):
+        return "gelu_tanh"
+    raise Unfit(f"the activation {kind.__name__}")
+
+
+def install(layer: Any, fused: FusedLayer) -> Callable[[], None]:
+    """Let packed micro-batches go through `fused`; everything else, generation with a cache say, goes the old way.
+
+    Returns what takes it off again.
+    """
+    original = layer.forward
+
+    def forward(hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
+        angles, starts = options.get("position_embeddings"), options.get("cu_seq_lens_q")
+        suits = hidden_states.shape[0] == 1 and hidden_states.dtype == fused.qkv.compute
+        if arguments or angles is None or starts is None or options.get("past_key_values") is not None or not suits:
+            return original(hidden_states, *arguments, **options)
+        cos, sin = angles
+        return fused(hidden_states[0], Place(cos[0], sin[0], starts, options["max_length_q"]))[None]
+
+    layer.forward = forward
+
+    def remove() -> None:
+        layer.forward = original
+
+    return remove
+
+
+# How far a fused layer's change of the stream may be from the layer's own, as a share of its size. Another function
+# would be off by one and more.
+CLOSE: dict[Arithmetic, float] = {"16bit": 0.1, "fp8": 0.4, "int8": 0.4}
+
+
+def fuse(
+    model: Any, arithmetic: Arithmetic, *, keep8: bool, recompute: bool, try_out: Callable[[], tuple[Tensor, Tensor]]
+) -> str | None:
+    """Fuse all decoder layers of a causal language model; None when done, else why every layer stays as it is.
+
+    `try_out` runs a probe through the model's decoder and gives what all layers together changed in the stream, and
+    the gradient of the probe's embeddings: the fused layers must give nearly the same.
+    """
+    decoder = getattr(model, model.base_model_prefix)
+    compute = model.get_input_embeddings().weight.dtype
+    try:
+        made = [(layer, fused_layer(layer, model.config, arithmetic, compute)) for layer in decoder.layers]
+    except Unfit as reason:
+        return str(reason)
+    expected = try_out()
+    removers = []
+    for layer, fused in made:
+        fused.keep, fused.recompute = (arithmetic if keep8 else "16bit"), recompute
+        removers.append(install(layer, fused))
+    got = try_out()
+    bound = 1e-3 if compute == torch.float32 and arithmetic == "16bit" else CLOSE[arithmetic]
+    off = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(got, expected, strict=True))
+    if off <= bound:
+        return None
+    for remove in removers:
+        remove()
+    return f"the fused layers are off by {off:.3f}"

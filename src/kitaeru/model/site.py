@@ -1,0 +1,221 @@
+"""Frozen linear layers that read the same tensor, with their adapters, as one matrix product each way.
+
+"qkv" and gate and up are such sites of several layers, the attention's and the MLP's output projections of one each.
+Adapters are PEFT's modules; their A and B stay the parameters that are trained, saved and exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from kitaeru.kernels.adapter import outer, project
+from kitaeru.kernels.frozen import NF4_BLOCK, Scales, Stored, expand, scales_of
+from kitaeru.kernels.product import product
+from kitaeru.kernels.rows import Arithmetic, Rows, extra_columns, storage
+
+
+# Optimizer steps of this process: a fused optimizer changes weights without telling their version counters.
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class Unfit(Exception):
+    """Why a module is left as it is, for the log: never an error."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One linear layer (N, K) of a site. `a` [r, K] and `b` [N, r] are trained; None: it has no adapter."""
+
+    stored: Stored
+    bias: Tensor | None
+    a: nn.Parameter | None = None
+    b: nn.Parameter | None = None
+    scaling: float = 0.0
+
+
+@dataclass
+class Site:
+    """Linear layers that share their input, in one arithmetic."""
+
+    members: tuple[Member, ...]
+    arithmetic: Arithmetic
+    compute: torch.dtype
+    scales: Scales = field(init=False)
+    _seen: tuple[int, ...] = ()
+    _thin: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.scales = scales_of([m.stored for m in self.members], self.dtype)
+        biases = [m.bias for m in self.members]
+        whole = None
+        if any(bias is not None for bias in biases):
+            parts = [
+                m.stored.data.new_zeros(m.stored.shape[0], dtype=self.compute) if m.bias is None else m.bias
+                for m in self.members
+            ]
+            whole = torch.cat([part.to(self.compute) for part in parts])
+        self.bias = whole
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows it takes."""
+        return storage(self.arithmetic, self.compute)
+
+    @property
+    def rank(self) -> int:
+        """The sum of the adapters' ranks."""
+        return sum(len(m.a) for m in self.members if m.a is not None)
+
+    @property
+    def extra(self) -> int:
+        """Further columns of the rows it takes, and of the gradients it is given."""
+        return extra_columns(self.arithmetic, self.rank)
+
+    @property
+    def outputs(self) -> int:
+        """Columns of its result."""
+        return sum(m.stored.shape[0] for m in self.members)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained: A and B of each adapted member."""
+        return [p for m in self.members if m.a is not None and m.b is not None for p in (m.a, m.b)]
+
+    def thin(self) -> tuple[Tensor, Tensor]:
+        """All A, one below the other [R, K], and all B, each in its own rows, scaled and transposed [R, N]."""
+        seen = (_steps, *(p._version for p in self.parameters))
+        if self._thin is None or seen != self._seen:
+            with torch.no_grad():
+                down = torch.cat([m.a for m in self.members if m.a is not None]).to(self.compute)
+                up = down.new_zeros((self.rank, self.outputs))
+                row = column = 0
+                for m in self.members:
+                    if m.a is not None and m.b is not None:
+                        up[row : row + len(m.a), column : column + len(m.b)] = (m.b * m.scaling).T
+                        row += len(m.a)
+                    column += m.stored.shape[0]
+            self._seen, self._thin = seen, (down, up)
+        return self._thin
+
+    def forward(self, x: Rows) -> tuple[Tensor, Tensor | None]:
+        """The result [T, N], and x A^T [T, R] for `gradients`. Writes the further columns of x."""
+        weights = [m.stored for m in self.members]
+        if not self.rank:
+            w = expand(weights, self.scales.forward, x.data, 0, self.dtype, transposed=False)
+            return self._biased(product(x, w, self.scales.forward, self.compute)), None
+        down, up = self.thin()
+        thin = project(x, down)
+        w = expand(weights, self.scales.forward, up.T, self.extra, self.dtype, transposed=False)
+        apart = None if self.extra else (thin, up.T)
+        return self._biased(product(x, w, self.scales.forward, self.compute, apart)), thin
+
+    def backward(self, dy: Rows, *, needs_input: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient of x [T, K] (if it is needed), and that of x A^T [T, R]. Writes the further columns of dy."""
+        weights = [m.stored for m in self.members]
+        thin, down, up = None, dy.data, dy.data
+        if self.rank:
+            down, up = self.thin()
+            thin = project(dy, up)
+        if not needs_input:
+            return None, thin
+        w = expand(weights, self.scales.backward, down.T, self.extra, self.dtype, transposed=True)
+        apart = None if self.extra or thin is None else (thin, down.T)
+        return product(dy, w, self.scales.backward, self.compute, apart), thin
+
+    def gradients(self, x: Rows, thin: Tensor | None, dthin: Tensor | None, dy: Rows) -> list[Tensor]:
+        """The gradients of `parameters`, fp32."""
+        if thin is None or dthin is None:
+            return []
+        of_a, of_b = outer(dthin, x), outer(thin, dy)  # [R, K], [R, N]
+        result, row, column = [], 0, 0
+        for m in self.members:
+            if m.a is not None and m.b is not None:
+                rows = slice(row, row + len(m.a))
+                result += [of_a[rows], of_b[rows, column : column + len(m.b)].T * m.scaling]
+                row += len(m.a)
+            column += m.stored.shape[0]
+        return result
+
+    def _biased(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def site_of(modules: Sequence[nn.Module], arithmetic: Arithmetic, compute: torch.dtype) -> Site:
+    """The site that these linear layers make.
+
+    Raises:
+        Unfit: one of them does something else than a frozen linear layer with a plain LoRA.
+    """
+    return Site(tuple(_member(module) for module in modules), arithmetic, compute)
+
+
+def _member(module: nn.Module) -> Member:
+    if not isinstance(module, LoraLayer):
+        return Member(*_base(module))
+    names = module.active_adapters
+    if len(names) != 1 or module.merged:
+        raise Unfit(f"{len(names)} adapters")
+    name = names[0]
+    dropout = module.lora_dropout[name]
+    if not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1):
+        raise Unfit("adapter dropout")
+    if module.lora_variant or module.lora_bias.get(name):
+        raise Unfit("an adapter that is not a plain LoRA")
+    a, b = module.lora_A[name], module.lora_B[name]
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        raise Unfit("an adapter that is not a plain LoRA")
+    stored, bias = _base(module.get_base_layer())
+    return Member(stored, bias, a.weight, b.weight, float(module.scaling[name]))
+
+
+def _base(module: Any) -> tuple[Stored, Tensor | None]:
+    kind = type(module).__name__
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise Unfit("a trained base weight")
+    shape = (module.out_features, module.in_features)
+    if shape[1] % NF4_BLOCK or shape[0] % 16:
+        raise Unfit(f"a weight of {shape[0]} x {shape[1]}")
+    if kind == "Linear" and type(module) is nn.Linear:
+        return Stored("16bit", shape, weight.data), bias
+    if kind == "Linear8bitLt":
+        state = module.state
+        data = weight.data if weight.data.dtype == torch.int8 else state.CB
+        absmax = state.SCB if state.SCB is not None else getattr(weight, "SCB", None)
+        if data is None or absmax is None:
+            raise Unfit("an 8-bit weight that is not there yet")
+        return Stored("int8", shape, data, absmax.float()), bias
+    state = getattr(weight, "quant_state", None)
+    if kind != "Linear4bit" or state is None or state.quant_type != "nf4" or state.blocksize != NF4_BLOCK:
+        raise Unfit(f"a base layer of type {kind}")
+    if not state.nested:
+        return Stored("nf4", shape, weight.data, state.absmax.float(), state.code.float()), bias
+    inner = state.state2
+    return (
+        Stored(
+            "nf4",
+            shape,
+            weight.data,
+            state.absmax,
+            state.code.float(),
+            inner.code.float(),
+            inner.absmax.float(),
+            float(state.offset),
+        ),  # fmt: skip
+        bias,
+    )

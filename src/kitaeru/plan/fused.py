@@ -1,0 +1,149 @@
+"""What the fused layer keeps, holds and does: the counterpart in numbers of `model.fused`.
+
+`Layout.arithmetic` is "plain" where layers run as their authors wrote them. Else the frozen products are computed in
+16 bits, FP8 or INT8 by one operation a layer, which keeps exactly what its backward pass needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kitaeru.plan.stored import adapted
+from kitaeru.plan.types import Layout
+from kitaeru.recipe.types import LoraSection
+from kitaeru.shape import Linear, ModelShape
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# What reads the same tensor is one product.
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",),
+)  # fmt: skip
+
+
+def is_fused(layout: Layout) -> bool:
+    """Whether layers run as one operation each."""
+    return layout.arithmetic != "plain"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers of one decoder layer that are one product: widths, and the sum of the adapters' ranks."""
+
+    inputs: int
+    outputs: int
+    rank: int
+
+    def extra(self, layout: Layout) -> int:
+        """Further columns for the adapter (kernels.rows.extra_columns)."""
+        copies = {"16bit": 1, "fp8": 3}.get(layout.arithmetic, 0)
+        return -(-copies * self.rank // 16) * 16
+
+
+def groups(shape: ModelShape, lora: LoraSection) -> tuple[Group, ...]:
+    """qkv, o, gate and up, down."""
+    linears: dict[str, Linear] = {linear.name: linear for linear in shape.linears()}
+    wanted = {linear.name for linear in adapted(shape, lora)}
+    found = []
+    for names in GROUPS:
+        members = [linears[name] for name in names]
+        rank = lora.r * sum(name in wanted for name in names)
+        found.append(Group(members[0].inputs, sum(linear.outputs for linear in members), rank))
+    return tuple(found)
+
+
+def why_not(shape: ModelShape, lora: LoraSection) -> str | None:
+    """What a layer of this model has that the fused one does not know; None where it fits. For `plan.layouts`."""
+    if shape.family not in FAMILIES or shape.experts or not shape.gated_mlp or shape.norm != "rms":
+        return "family"
+    if not shape.plain_causal:
+        return "attention"
+    if lora.dora or lora.dropout or lora.modules_to_save:
+        return "adapter"
+    names = {linear.name for linear in shape.linears()}
+    if not {name for group in GROUPS for name in group} <= names or shape.hidden % 64 or shape.intermediate % 64:
+        return "family"
+    return None
+
+
+def _number(layout: Layout) -> int:
+    """Bytes of a number that a product reads."""
+    return 1 if layout.arithmetic in ("fp8", "int8") else _width(layout)
+
+
+def _width(layout: Layout) -> int:
+    return 4 if layout.precision == "fp32" else 2
+
+
+def kept_per_token(layout: Layout, shape: ModelShape, lora: LoraSection) -> dict[str, int]:
+    """Bytes that all layers keep for the backward pass for one token, by part.
+
+    The two norms' results as the products read them, with 1/rms and their scale; q, k, v, the output of attention and
+    a number per head; gate and up, in 8 bits with `keep8`; each adapter's thin result.
+
+    >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
+    >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep8", 8192, "cuda", arithmetic="fp8")
+    >>> sum(kept_per_token(layout, llama, LoraSection(r=16)).values()) // 32
+    58320
+    """
+    n, w, qkv, out, both, down = _number(layout), _width(layout), *groups(shape, lora)
+    scale = 4 if n == 1 else 0
+    per_head = 4 * (shape.heads + shape.kv_heads) if shape.qk_norm else 0
+    norms = n * (2 * shape.hidden + qkv.extra(layout) + both.extra(layout)) + 2 * (scale + 4)
+    attention = w * (2 * shape.q_size + 2 * shape.kv_size) + 4 * shape.heads + per_head
+    eight = layout.activations == "keep8"
+    mlp = 2 * shape.intermediate * (1 if eight else w) + (8 if eight else 0)
+    thin = w * (qkv.rank + out.rank + both.rank + down.rank)
+    parts = {"norms": norms, "linears": thin, "attention": attention, "mlp": mlp}
+    return {name: shape.layers * size for name, size in parts.items()}
+
+
+def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
+    """What the layer holds at its fullest beside what is kept: in the middle of its forward pass (gate and up still
+    there, the activated product being written), or of its backward pass (the gradients of both, or the product that
+    takes them back, with its expanded weight).
+    """
+    n, w, _, _, both, down = _number(layout), _width(layout), *groups(shape, lora)
+    h, f, tokens = shape.hidden, shape.intermediate, layout.micro_batch_tokens
+    of_both = 0 if layout.activations == "keep" else 2 * f * w
+    forward = tokens * (3 * h * w + of_both + n * (f + down.extra(layout)))
+    gradient = n * (2 * f + both.extra(layout))
+    middle = tokens * (w * h + n * (h + down.extra(layout)) + w * f + gradient + n * f)
+    back = tokens * (2 * w * h + gradient) + n * h * (2 * f + both.extra(layout))
+    return max(forward, middle, back)
+
+
+def held_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[int, int]:
+    """Bytes of scales of the rows and columns of the frozen weights, and of the adapters' copies in the layers' width,
+    each B with room for the others of its group.
+    """
+    every = groups(shape, lora)
+    scales = sum(4 * (g.inputs + g.outputs) for g in every) if _number(layout) == 1 else 0
+    thin = sum(_width(layout) * g.rank * (g.inputs + g.outputs) for g in every)
+    return shape.layers * scales, shape.layers * thin
+
+
+def streamed_bytes_per_token(layout: Layout, shape: ModelShape, lora: LoraSection, *, forward: bool) -> float:
+    """Bytes that the row kernels and the thin products of one layer move for one token, read and written once."""
+    n, w, h, f = _number(layout), _width(layout), shape.hidden, shape.intermediate
+    q, kv, size = shape.q_size, shape.kv_size, sum(g.rank for g in groups(shape, lora))
+    if forward:
+        norms = w * h + n * h + 3 * w * h + n * h
+        kept = 2 * f if layout.activations == "keep8" else 0
+        rows = 2 * w * (q + kv) + (w + n) * q + norms + (2 * w + n) * f + kept + 3 * w * h
+        thin = n * (h + q + h + f) if size else 0
+        return float(rows + thin)
+    gates = 2 * f if layout.activations == "keep8" else 2 * w * f
+    rows = (w + n) * h + w * f + gates + 3 * n * f + (3 * w + 2 * n) * h + (w + n) * (q + 2 * kv) + (3 * w + n) * h
+    outputs = q + 2 * kv + h + 2 * f + h
+    thin = 2 * n * outputs + n * (2 * h + f) + w * q if size else 0
+    return float(rows + thin)
+
+
+def expanded_bytes(layout: Layout, shape: ModelShape) -> float:
+    """Bytes moved to expand one layer's frozen weights for one pass."""
+    stored = {"none": 2.0, "nf4": 0.52, "int8": 1.0}[layout.base]
+    return shape.linear_parameters() / shape.layers * (stored + _number(layout))
+
+
+# Kernels and calls of one layer's forward pass, and of its backward pass.
+OPERATIONS = {True: 30.0, False: 50.0}

@@ -1,0 +1,133 @@
+"""Frozen weights, their products with an adapter's part, and the adapter's gradients."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from kitaeru.kernels.adapter import outer, outer_reference, project, project_reference
+from kitaeru.kernels.frozen import Stored, expand, expand_reference, scales_of
+from kitaeru.kernels.product import product, product_reference
+from kitaeru.kernels.rows import Arithmetic, extra_columns, round_rows, storage
+
+from .test_rows_norm_gated_rotary import apart, draw
+
+ARITHMETICS: tuple[Arithmetic, ...] = ("16bit", "fp8", "int8")
+
+
+def nf4(weight: Tensor, *, nested: bool = True) -> Stored:
+    data, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
+    shape = (weight.shape[0], weight.shape[1])
+    if not nested:
+        return Stored("nf4", shape, data, state.absmax, state.code)
+    inner = state.state2
+    return Stored(
+        "nf4", shape, data, state.absmax, state.code, inner.code, inner.absmax, float(state.offset)
+    )  # fmt: skip
+
+
+def int8(weight: Tensor) -> Stored:
+    absmax = weight.float().abs().amax(1)
+    data = (weight.float() / absmax[:, None] * 127).round().to(torch.int8)
+    return Stored("int8", (weight.shape[0], weight.shape[1]), data, absmax)
+
+
+def stored(kind: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Stored]:
+    """Two weights that read the same input of 192."""
+    weights = [draw(n, 192, seed=n, device=device, dtype=dtype) * 0.03 for n in (80, 48)]
+    make = {"16bit": lambda w: Stored("16bit", tuple(w.shape), w), "int8": int8, "nf4": nf4,
+            "nf4 plain": lambda w: nf4(w, nested=False)}[kind]  # fmt: skip
+    return [make(w) for w in weights]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_nf4_is_read_as_bitsandbytes_reads_it(nested: bool) -> None:
+    weight = draw(96, 192) * 0.03
+    data, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
+    assert apart(nf4(weight, nested=nested).values(), bnb.dequantize_4bit(data, state)) < 1e-6
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("kind", ["16bit", "int8", "nf4"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_product_gives_base_and_adapter(arithmetic: Arithmetic, kind: str, transposed: bool) -> None:
+    weights = stored(kind)
+    dtype, rank = storage(arithmetic, torch.float32), 8
+    extra = extra_columns(arithmetic, rank)
+    whole = torch.cat([w.values() for w in weights])
+    whole = whole.T if transposed else whole
+    p, adapter = 0.1 * draw(rank, whole.shape[1], seed=1), 0.02 * draw(len(whole), rank, seed=2)
+    x = draw(7, whole.shape[1], seed=3)
+    scale = scales_of(weights, dtype)
+    by = scale.backward if transposed else scale.forward
+    rows = round_rows(x, dtype, extra)
+    thin = project(rows, p)
+    w = expand(weights, by, adapter, extra, dtype, transposed=transposed)
+    got = product(rows, w, by, torch.float32, None if extra else (thin, adapter))
+    exact = x @ whole.T + (x @ p.T) @ adapter.T
+    bound = {"16bit": 1e-5, "fp8": 0.05, "int8": 0.02}[arithmetic]
+    assert apart(got, exact) < bound
+    # The adapter's own part is right too, not only small.
+    without = product(round_rows(x, dtype), expand(weights, by, adapter, 0, dtype, transposed=transposed), by,
+                      torch.float32)  # fmt: skip
+    assert apart(got - without, (x @ p.T) @ adapter.T) < bound
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_gradients_of_an_adapter_are_outer_products(arithmetic: Arithmetic) -> None:
+    p, x = draw(50, 6), draw(50, 96, seed=1)
+    rows = round_rows(x, storage(arithmetic, torch.float32), 16)
+    assert apart(outer(p, rows), p.T @ x) < {"16bit": 1e-6, "fp8": 0.04, "int8": 0.02}[arithmetic]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("kind", ["16bit", "int8", "nf4", "nf4 plain"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rank", [8, 12, 48])
+def test_triton_expands_as_the_reference(arithmetic: Arithmetic, kind: str, transposed: bool, rank: int) -> None:
+    weights = stored(kind, "cuda", torch.bfloat16)
+    dtype = storage(arithmetic, torch.bfloat16)
+    scale = scales_of(weights, dtype)
+    by = scale.backward if transposed else scale.forward
+    adapter = 0.02 * draw(192 if transposed else 128, rank, seed=2, device="cuda", dtype=torch.bfloat16)
+    extra = extra_columns(arithmetic, rank)
+    ours, theirs = (
+        f(weights, by, adapter, extra, dtype, transposed=transposed) for f in (expand, expand_reference)
+    )
+    assert apart(ours.float(), theirs.float()) < 0.006
+    if extra:
+        width = ours.shape[1] - extra
+        assert apart(ours[:, width:].float(), theirs[:, width:].float()) < 0.006
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize(("tokens", "width", "rank"), [(333, 1376, 12), (4096, 4096, 48), (512, 14336, 16)])
+def test_triton_thin_products_are_the_references(arithmetic: Arithmetic, tokens: int, width: int, rank: int) -> None:
+    x = draw(tokens, width, device="cuda", dtype=torch.bfloat16)
+    p = 0.02 * draw(rank, width, seed=1, device="cuda", dtype=torch.bfloat16)
+    extra = extra_columns(arithmetic, rank)
+    ours, theirs = (round_rows(x, storage(arithmetic, torch.bfloat16), extra) for _ in range(2))
+    thin, expected = project(ours, p), project_reference(theirs, p)
+    assert apart(thin, expected) < 5e-3
+    assert apart(ours.data[:, width:].float(), theirs.data[:, width:].float()) < 0.02
+    assert apart(outer(expected, ours), outer_reference(expected, theirs)) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("tokens", [100, 1024])
+def test_products_on_a_gpu_are_the_references(arithmetic: Arithmetic, tokens: int) -> None:
+    weights = stored("nf4", "cuda", torch.bfloat16)
+    dtype, rank = storage(arithmetic, torch.bfloat16), 12
+    scale, extra = scales_of(weights, dtype), extra_columns(arithmetic, rank)
+    x = round_rows(draw(tokens, 192, device="cuda", dtype=torch.bfloat16), dtype, extra)
+    p, adapter = (0.05 * draw(n, rank, seed=n, device="cuda", dtype=torch.bfloat16) for n in (192, 128))
+    thin = project(x, p.T.contiguous())
+    w = expand(weights, scale.forward, adapter, extra, dtype, transposed=False)
+    apart_from = None if extra else (thin, adapter)
+    ours = product(x, w, scale.forward, torch.bfloat16, apart_from)
+    assert apart(ours, product_reference(x, w, scale.forward, torch.float32, apart_from)) < 0.01
