@@ -14,7 +14,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help setup quickstart test check format i18n build clean distclean
+.PHONY: help setup quickstart test check format i18n docs build clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -45,6 +45,15 @@ format: setup ## let ruff lay out and mend the code
 
 i18n: setup ## collect the texts from the code and compile the Japanese catalogue
 	$(BIN)/python scripts/catalogue.py update
+
+docs: setup ## the guides as a site, both languages, into build/docs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	for language in en ja; do \
+	  KITAERU_DOCS_LANGUAGE=$$language $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env \
+	    --conf-dir docs/guide docs/guide/$$language build/docs/$$language; \
+	done
+	cp docs/guide/index.html build/docs/
+	@echo "build/docs/index.html"
 
 build: setup ## wheel and sdist into dist/
 	$(BIN)/python -m build
