@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from kitaeru.errors import MissingLibraryError
@@ -62,6 +63,8 @@ class Prometheus:
         self._gauges: dict[str, Any] = {
             name: gauge(_PREFIX + name, text, registry=registry) for name, text in _GAUGES.items()
         }
+        for unknown in self._gauges.values():
+            unknown.set(math.nan)
         self._devices: dict[str, Any] = {
             name: gauge(_PREFIX + name, field, _DEVICE, registry=registry) for name, field in _DEVICE_GAUGES.items()
         }
