@@ -88,6 +88,10 @@ class TrainingError(KitaeruError):
     """Training cannot go on: a non-finite loss, a gradient that never arrives, a worker that died."""
 
 
+class SteppedDownError(TrainingError):
+    """Memory ran out: whoever started the run must start it again from its last checkpoint, a rung lower."""
+
+
 class CheckpointError(KitaeruError):
     """A checkpoint that is missing, damaged, or belongs to another recipe or data set."""
 

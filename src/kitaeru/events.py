@@ -229,8 +229,8 @@ class SteppedDown(Event):
     step: int
     micro_batch_tokens: int
     activations: str
-    before_micro_batch_tokens: int
-    before_activations: str
+    planned_micro_batch_tokens: int
+    planned_activations: str
 
 
 @dataclass(frozen=True, kw_only=True)

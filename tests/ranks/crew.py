@@ -10,6 +10,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,26 @@ def train(
     }
 
 
+def answering(world: Any, *, folder: Path, model: Path, data: Path, stop_at: int, **options: Any) -> dict[str, Any]:
+    """A run, and what its model says afterwards; `bytes` are those of the layers here."""
+    import training
+    from kitaeru.model.generate import Sampling, answer
+    from kitaeru.parallel.start import hash_frozen
+
+    run = training.Training(folder, model, data, world=world, **options)
+    run.loop.total = stop_at
+    run.run()
+    trainee = run.trainee
+    kept = {"frozen": hash_frozen(trainee.model) == trainee.frozen_hash, "losses": run.losses}
+    here = [p.nbytes for n, p in trainee.model.named_parameters() if ".layers." in n and not p.is_meta]
+    sampling = Sampling(max_new_tokens=12, repetition_penalty=1.3)
+    texts = []
+    for text in ("首都は", "1番目の質問。海の色は何色?"):
+        ask = partial(answer, trainee.causal_lm, trainee.tokenizer, text=text, sampling=sampling)
+        texts.append(trainee.inside(ask))
+    return kept | {"texts": texts, "bytes": sum(here)}
+
+
 def best(world: Any, *, folder: Path, model: Path, data: Path, step: int, **options: Any) -> dict[str, float]:
     """The validation loss of `step` when it was reached, and after the run with its weights put back."""
     import training
@@ -144,3 +165,64 @@ def uneven(world: Any, *, bucket_bytes: int) -> dict[str, Any]:
         reducer.finish()
         answers.append([None if p.grad is None else p.grad.clone() for p in parameters])
     return {"grads": answers}
+
+
+def runs_out(world: Any, *, rank: int, where: str, step: int, **options: Any) -> dict[str, Any]:
+    """A run in which memory runs out on one rank after so many steps: in its `forward` or `backward` pass, or in its
+    `validation`; what can be compared of it, and the sizes of micro-batches it came down to.
+    """
+    import torch
+
+    import training
+    from kitaeru.events import Evaluated, SteppedDown
+
+    run = training.Training(world=world, **options)
+    left = [1] if world.rank == rank else []
+
+    def look(*_: Any) -> None:
+        at_it = run.trainee.model.training == (where != "validation")
+        if left and at_it and run.loop.progress.step == step:
+            left.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    if where == "backward":
+        run.trainee.named[len(run.trainee.named) // 2][1].register_hook(look)
+    else:
+        run.trainee.causal_lm.model.register_forward_pre_hook(look)
+    outcome = run.run()
+    return {
+        "outcome": outcome,
+        "left": left,
+        "losses": run.losses,
+        "valid": [event.loss for event in run.events if isinstance(event, Evaluated)],
+        "sizes": [event.micro_batch_tokens for event in run.events if isinstance(event, SteppedDown)],
+    }
+
+
+def fails_once(folder: str, resume: bool, step: int) -> str:
+    """What a process started by `engine.launch` does: the run in `folder`, in which memory runs out on rank 1 in the
+    middle of a forward pass after `step` steps, the first time that it gets there.
+    """
+    import torch
+
+    from kitaeru.engine import rank, run
+    from kitaeru.engine.place import meet, placed
+
+    place = placed()
+    assert place is not None
+    ready = run._ready
+
+    def watched(*arguments: Any) -> Any:
+        trainee, loop = ready(*arguments)
+
+        def look(*_: Any) -> None:
+            if place.rank == 1 and loop.progress.step == step and trainee.plan.layout.micro_batch_tokens > 64:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        layers = trainee.causal_lm.model.layers
+        layers[len(layers) // 2].mlp.register_forward_pre_hook(look)
+        return trainee, loop
+
+    run._ready = watched
+    prepared = run.reopen(Path(folder), resume=resume, main=place.rank == 0)
+    return rank.work(prepared, place, meet(place), []).outcome

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from kitaeru.errors import Interrupted, UsageError
+from kitaeru.errors import Interrupted, SteppedDownError, UsageError
 from kitaeru.events import Event
 from kitaeru.i18n import language, set_language, tr
 from kitaeru.recipe.types import Recipe
@@ -46,8 +46,14 @@ def start(run: Run, *, resume: bool, show: Show) -> str:
     """
     from kitaeru.engine.launch import launch
 
-    arguments = (str(run.folder), resume, show, language())
-    outcome, *words = launch(run.folder, _worker, arguments, run.plan.layout.processes, run.wish.limits.max_restarts)
+    while True:
+        arguments = (str(run.folder), resume, show, language())
+        try:
+            answer = launch(run.folder, _worker, arguments, run.plan.layout.processes, run.wish.limits.max_restarts)
+            break
+        except SteppedDownError:  # each time a rung lower, so there is an end to it
+            resume = True
+    outcome, *words = answer
     if outcome == "interrupted":
         raise Interrupted(words[0], remedy=words[1])
     return str(outcome)

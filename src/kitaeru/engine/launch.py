@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kitaeru.engine.rank import Record, lost_remedy, lost_text, records
-from kitaeru.errors import KitaeruError, TrainingError
+from kitaeru.errors import KitaeruError, SteppedDownError, TrainingError
 from kitaeru.events import EventLog, Notice, RunFinished, Step, read
 from kitaeru.i18n import tr
 
@@ -41,6 +41,7 @@ def launch(
 
     Raises:
         TrainingError: a process died; names it, its last step and the likely cause.
+        SteppedDownError: memory ran out; call again, with arguments that go on from the last checkpoint.
         KitaeruError: the error that a process raised.
     """
     for noisy in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
@@ -68,7 +69,8 @@ def launch(
             answers: dict[int, Any] = elastic_launch(config, function)(*arguments)
     except ChildFailedError as failed:
         error = explain(folder, failed.failures)
-        _tell(folder, error)
+        if not isinstance(error, SteppedDownError):
+            _tell(folder, error)
         raise error from None
     return answers[0]
 

@@ -87,14 +87,15 @@ class Loop(Kept):
         trainee = self.trainee
         self.clock.begin()
         with self.clock.data():
-            chosen = self.sampler.next()
-            batches = self._split(chosen)
+            before = self.sampler.state_dict()
+            batches = self._split(self.sampler.next())
         trained = batches.trained_tokens
         multiplier = rate(index, self.total, self.section)
         set_rate(trainee.optimizer, multiplier)
         while (losses := self._gradients(batches, trained, index)) is None:
+            self.sampler.load_state_dict(before)
             self.ladder.down(index)
-            batches = self._split(chosen)
+            batches = self._split(self.sampler.next())
         loss = float(losses.sum())
         norm, skipped = self._update(loss, losses, batches, index)
         self.progress.step += 1

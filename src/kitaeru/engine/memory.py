@@ -15,6 +15,16 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+_SAYS_SO = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocator failed: torch's own, or a library's in its own words."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAYS_SO)
+
+
 def trim(device: torch.device) -> None:
     """On a CPU, return the C library's free blocks to the system.
 

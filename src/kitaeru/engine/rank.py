@@ -51,6 +51,7 @@ class Record:
         """The error that ended the rank."""
         plain = (
             "TrainingError",
+            "SteppedDownError",
             "CheckpointError",
             "PlanError",
             "ModelError",

@@ -6,6 +6,7 @@ the rest. Between the two a caller can show the plan and set up its listeners.
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import time
@@ -22,12 +23,14 @@ from transformers import PreTrainedTokenizerBase
 
 from kitaeru.data.prepare import Prepared
 from kitaeru.data.prepare import prepare as prepare_data
-from kitaeru.engine import checkpoint
+from kitaeru.engine import checkpoint, ladder
 from kitaeru.engine.build import Trainee, build
 from kitaeru.engine.loop import Loop
+from kitaeru.engine.observe import looking, mfu_of_rate, observed
+from kitaeru.engine.preflight import preflight
 from kitaeru.engine.result import write_result
 from kitaeru.engine.samples import Question, questions
-from kitaeru.errors import Interrupted, KitaeruError, TrainingError, UsageError
+from kitaeru.errors import Interrupted, KitaeruError, SteppedDownError, TrainingError, UsageError
 from kitaeru.events import Event, EventLog, Listener, Notice, RunFinished, RunStarted, Sample
 from kitaeru.files import write_atomic
 from kitaeru.hardware import Hardware
@@ -90,6 +93,10 @@ def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None) -
     hardware = _hardware(earlier)
     plan = make_plan(wish, hardware, shape, data.facts)
     _write_down(folder, wish, plan)
+    if resume:
+        plan = ladder.resumed(folder, plan)
+    else:
+        ladder.forget(folder)
     return Run(folder, wish, plan, data, tokenizer, resume_from, tuple(notices))
 
 
@@ -110,6 +117,7 @@ def reopen(folder: Path, *, resume: bool, main: bool, phase: Phase | None = None
     data = prepare_data(wish, tokenizer, seq_len=seq_len, bad_rows=None, progress=phase)
     notices: list[str] = []
     resume_from = _resume_point(folder, wish, data, notices) if resume and main else None
+    plan = ladder.resumed(folder, plan) if resume else plan
     return Run(folder, wish, plan, data, tokenizer, resume_from, tuple(notices))
 
 
@@ -205,6 +213,7 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None, w
     log = EventLog(run.folder / "events.jsonl") if world.main else None
     started = time.perf_counter()
 
+    @observed(main=world.main)
     def emit(event: Event) -> None:
         try:
             if log is not None:
@@ -218,43 +227,26 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None, w
         for listener in listeners:
             listener(event)
 
-    loop: Loop | None = None
+    loops: list[Loop] = []
     try:
-        trainee, loop = _ready(run, emit, phase, world)
-        asked = questions(run.plan.recipe, run.data, run.tokenizer)
-        if loop.progress.step == 0:
-            _ask(trainee, asked, 0)
-        outcome = loop()
-        step = loop.progress.step
-        if outcome == "interrupted":
-            emit(RunFinished(outcome=outcome, step=step, seconds=time.perf_counter() - started))
-            raise Interrupted(
-                tr("Stopped after step {step} of {total}; everything is saved.", step=step, total=loop.total),
-                remedy=tr("Go on with: kitaeru train {folder} --resume", folder=run.folder),
+        while True:
+            try:
+                return _trained(run, emit, phase, world, started, loops)
+            except SteppedDownError:
+                if world.size > 1:
+                    raise
+                loops.clear()  # with it goes the model
+            gc.collect()
+            notices: list[str] = []
+            plan = ladder.resumed(run.folder, Plan.load(run.folder / "plan.json"))
+            run = replace(
+                run, plan=plan, resume_from=_resume_point(run.folder, run.wish, run.data, notices), notices=()
             )
-        best = loop.take_best()
-        if world.any(hash_frozen(trainee.model) != trainee.frozen_hash):
-            raise TrainingError(
-                tr("Frozen weights changed during training: the result would be wrong."),
-                remedy=tr("Please report this with the recipe and the report page; the checkpoints are kept."),
-            )
-        _ask(trainee, asked, step)
-        result = write_result(trainee, run.folder)
-        emit(
-            RunFinished(
-                outcome=outcome,
-                step=step,
-                seconds=time.perf_counter() - started,
-                best_step=best,
-                result=str(result),
-            )
-        )
-        return Result(run.folder, outcome, step, result)
-    except Interrupted:
+    except (Interrupted, SteppedDownError):
         raise
     except BaseException as error:
         reason = _reason(error)
-        step = 0 if loop is None else loop.progress.step
+        step = loops[-1].progress.step if loops else 0
         with suppress(TrainingError):  # the log itself may be what failed
             emit(Notice(level="error", text=reason, step=step))
             emit(RunFinished(outcome="failed", step=step, seconds=time.perf_counter() - started, reason=reason))
@@ -263,6 +255,35 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None, w
         with suppress(OSError):  # what could not be written has been told
             if log is not None:
                 log.close()
+
+
+def _trained(run: Run, emit: Listener, phase: Phase | None, world: World, started: float, loops: list[Loop]) -> Result:
+    """One attempt, from a model that is built to a result that is written; its loop goes into `loops`."""
+    trainee, loop = _ready(run, emit, phase, world)
+    loops.append(loop)
+    asked = questions(run.plan.recipe, run.data, run.tokenizer)
+    if loop.progress.step == 0:
+        _ask(trainee, asked, 0)
+    with looking(trainee, loop):
+        outcome = loop()
+    step = loop.progress.step
+    if outcome == "interrupted":
+        emit(RunFinished(outcome=outcome, step=step, seconds=time.perf_counter() - started))
+        raise Interrupted(
+            tr("Stopped after step {step} of {total}; everything is saved.", step=step, total=loop.total),
+            remedy=tr("Go on with: kitaeru train {folder} --resume", folder=run.folder),
+        )
+    best = loop.take_best()
+    if world.any(hash_frozen(trainee.model) != trainee.frozen_hash):
+        raise TrainingError(
+            tr("Frozen weights changed during training: the result would be wrong."),
+            remedy=tr("Please report this with the recipe and the report page; the checkpoints are kept."),
+        )
+    _ask(trainee, asked, step)
+    result = write_result(trainee, run.folder)
+    seconds = time.perf_counter() - started
+    emit(RunFinished(outcome=outcome, step=step, seconds=seconds, best_step=best, result=str(result)))
+    return Result(run.folder, outcome, step, result)
 
 
 def _reason(error: BaseException) -> str:
@@ -282,6 +303,9 @@ def _ready(run: Run, emit: Listener, phase: Phase | None, world: World) -> tuple
         world,
     )
     loop = Loop(trainee, run.data.train, run.data.valid, run.folder, fingerprints(run.wish, run.data))
+    if phase is not None:
+        phase(tr("Trying the largest micro-batch"), 0, 0)
+    preflight(loop)
     resume_from = world.said(run.resume_from)
     if resume_from is not None:
         loop.restore(resume_from)
@@ -298,13 +322,16 @@ def _ready(run: Run, emit: Listener, phase: Phase | None, world: World) -> tuple
             environment=environment(),
             trainable_parameters=sum(p.numel() for p in trainee.model.parameters() if p.requires_grad),
             total_parameters=_parameters(trainee),
+            mfu_of_rate=mfu_of_rate(run.plan),
         )
     )
     kinds = {report.path: report.kind for report in run.data.reports}
     emit(replace(run.data.train.ready("train"), kinds=kinds))
     if run.data.valid is not None:
         emit(run.data.valid.ready("valid"))
-    for event in (*(Notice(level="warning", text=text) for text in run.notices), *held):
+    lower = ladder.told(run.folder, run.plan)
+    told = () if lower is None else (replace(lower, step=loop.progress.step),)
+    for event in (*(Notice(level="warning", text=text) for text in run.notices), *told, *held):
         emit(event)
     return trainee, loop
 

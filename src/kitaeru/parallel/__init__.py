@@ -12,3 +12,6 @@ STRATEGIES: dict[str, Strategy] = {
     "pipeline": pipeline,
     "model_parallel": model_parallel,
 }
+# Ranks of these do not meet inside a pass: one that runs out of memory can give its passes up and still take part in
+# what follows.
+APART = ("single", "ddp")

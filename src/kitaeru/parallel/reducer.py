@@ -67,10 +67,10 @@ class Reducer:
 
     def _send(self) -> None:
         bucket = self._buckets[self._next]
-        self._next += 1
         sizes = [parameter.numel() for parameter in bucket]
         # The last entries count on how many ranks each parameter has a gradient.
         flat = torch.zeros(sum(sizes) + len(bucket), dtype=bucket[0].dtype, device=bucket[0].device)
+        self._next += 1  # only now: where there is no memory for it, it is sent later
         for place, (parameter, part) in enumerate(zip(bucket, flat.split([*sizes, len(bucket)]), strict=False)):
             if parameter.grad is not None:
                 part.copy_(parameter.grad.reshape(-1))

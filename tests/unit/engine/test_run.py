@@ -36,7 +36,7 @@ def test_events_come_in_order_and_listeners_hear_what_the_log_holds(wish, in_tmp
     assert (result.outcome, result.step, result.folder.name) == ("finished", 3, "run")
     assert list(read(in_tmp / "run" / "events.jsonl")) == heard
     names = [type(e).__name__ for e in heard]
-    assert names[:4] == ["RunStarted", "DataReady", "DataReady", "Sample"]
+    assert names[:5] == ["RunStarted", "DataReady", "DataReady", "Preflight", "Sample"]
     assert names[-2:] == ["Sample", "RunFinished"]
     assert [e.step for e in heard if isinstance(e, Step)] == [1, 2, 3]
     assert {"tokenising", "Loading the model", "Making the optimizer"} <= {p[0] for p in phases}
