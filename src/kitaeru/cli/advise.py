@@ -110,7 +110,7 @@ def _summary(advice: Advice, page: Path) -> None:
     out.print(Prose(advice.facts.hardware.summary(), "dim"))
     out.print()
     for found in advice.findings:
-        gain = f" (×{found.gain:.2f})" if found.gain else ""
+        gain = f" (×{found.gain:.2f})" if found.gain and abs(found.gain - 1) >= 0.02 else ""
         out.print(Padding(Prose(f"· {found.finding.what}{gain}"), (0, 0, 0, 2)))
     promise = advice.facts.promise(best) if best else None
     if best is not None and promise is not None and today.rate is not None:

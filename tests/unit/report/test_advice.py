@@ -8,12 +8,13 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from kitaeru.cli import main
 from kitaeru.errors import UsageError
-from kitaeru.events import Evaluated, Event, Saved
+from kitaeru.events import Devices, Evaluated, Event, Reading, Saved, SteppedDown
 from kitaeru.hardware import Hardware, parse_gpus
 from kitaeru.plan.choose import make_plan
 from kitaeru.plan.types import DataFacts
@@ -98,6 +99,7 @@ def _ran(
     values: dict[str, object],
     extra: list[Event],
     scale: float = 1.0,
+    clock: dict[str, Any] | None = None,
 ) -> Path:
     """A run of 60 steps as its plan says, `scale` times as fast as predicted, with more events."""
     recipe = read(None, values={"model": ELYZA, "data.train": ["d.jsonl"], **values}).recipe
@@ -107,7 +109,8 @@ def _ran(
     assert plan.chosen.speed is not None
     rate, peak = plan.chosen.speed.tokens_per_second * scale, plan.chosen.peak_bytes
     start = replace(made.started(60), model=ELYZA, method=plan.layout.method, strategy=plan.layout.strategy)
-    steps = [replace(made.step(n, 60), tokens_per_second=rate, peak_bytes=peak) for n in range(1, 61)]
+    measured = {"tokens_per_second": rate, "peak_bytes": peak, **(clock or {})}
+    steps = [replace(made.step(n, 60), **measured) for n in range(1, 61)]
     made.write(folder, 60, [[start, *read_, *steps, *extra, *made.finish(60)]], with_plan=False)
     plan.save(folder / "plan.json")
     written = read(None, values={"model": ELYZA, "data.train": ["d.jsonl"], **values}).recipe
@@ -119,13 +122,31 @@ def _ran(
     return folder
 
 
+def _looked(made: ModuleType, **reading: Any) -> list[Event]:
+    one = Reading(device="0", name="RTX A5000", **reading)
+    return [Devices(time=made.T0 + 3 + n, step=n, host="h", readings=(one,)) for n in range(5)]
+
+
 def _looks(made: ModuleType, losses: list[float], seconds: float = 0.1) -> list[Event]:
     count = len(losses)
     return [Evaluated(time=made.T0 + 2 + 36 * n / count, step=60 * n // count, loss=loss, tokens=9, seconds=seconds)
             for n, loss in enumerate(losses, 1)]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["validation", "saving", "by-heart", "still-learning", "slower-than-planned"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "validation",
+        "saving",
+        "by-heart",
+        "still-learning",
+        "slower-than-planned",
+        "throttled",
+        "data",
+        "slow-rank",
+        "stepped-down",
+    ],
+)
 def test_a_run_tells_what_a_recipe_cannot(name: str, made: ModuleType, tmp_path: Path, pair: Hardware) -> None:
     saves: list[Event] = [Saved(time=made.T0 + n, step=n, path="c", bytes=1, seconds=1.0) for n in range(5, 60, 5)]
     extra: dict[str, list[Event]] = {
@@ -133,13 +154,23 @@ def test_a_run_tells_what_a_recipe_cannot(name: str, made: ModuleType, tmp_path:
         "saving": saves,
         "by-heart": _looks(made, [2.0, 1.8, 1.9, 2.0, 2.2, 2.4]),
         "still-learning": _looks(made, [2.6, 2.4, 2.2, 2.0, 1.8, 1.6]),
+        "throttled": _looked(made, throttles=("too hot",)),
+        "stepped-down": [
+            SteppedDown(time=made.T0 + 5, step=2, micro_batch_tokens=2048, activations="keep",
+                        planned_micro_batch_tokens=4096, planned_activations="keep")
+        ],
+    }  # fmt: skip
+    clock: dict[str, dict[str, Any]] = {
+        "data": {"rank_seconds": (0.3, 0.3), "data_seconds": 0.2},
+        "slow-rank": {"rank_seconds": (0.3, 0.55)},
     }
     scale = 0.5 if name == "slower-than-planned" else 1.0
     more = extra.get(name, [])
-    folder = _ran(made, tmp_path / "run", hardware=pair, values={"method": "qlora"}, extra=more, scale=scale)
-    told = {"validation", "saving", "by-heart", "still-learning", "slower-than-planned"} & names(
-        Facts(from_run(folder), pair)
-    )
+    folder = _ran(made, tmp_path / "run", hardware=pair, values={"method": "qlora"}, extra=more, scale=scale,
+                  clock=clock.get(name, {}))  # fmt: skip
+    rules = {"validation", "saving", "by-heart", "still-learning", "slower-than-planned", "throttled", "data",
+             "slow-rank", "stepped-down"}  # fmt: skip
+    told = rules & names(Facts(from_run(folder), pair))
     assert told == {name}
 
 

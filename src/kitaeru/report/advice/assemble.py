@@ -43,7 +43,7 @@ SHELF: dict[str, str] = {
 WORTH = 1.02
 # Findings that are told only with so much gain: over today, offers over all that is free.
 LEAST = {"recompute": WORTH, "small-micro-batch": WORTH, "link": WORTH, "attention": WORTH, "four-bits": 1.05,
-         "sixteen-bits": 0.95, "host": WORTH, "bubble": WORTH}  # fmt: skip
+         "sixteen-bits": 0.95, "arithmetic": WORTH, "host": WORTH, "bubble": WORTH}  # fmt: skip
 MOST_GPUS = 8
 
 

@@ -23,6 +23,7 @@ from kitaeru.plan.types import Candidate, DataFacts, Decision, Plan
 from kitaeru.recipe.read import read
 from kitaeru.recipe.types import Recipe
 from kitaeru.report.history import History
+from kitaeru.report.usage import devices_used
 from kitaeru.report.wording import run_name
 from kitaeru.shape import ModelShape, find_shape
 
@@ -88,6 +89,23 @@ class Today:
         return self.now.layout.devices if self.now else 1
 
     @property
+    def busy(self) -> Figure | None:
+        """The share of all GPUs' time in which they compute: measured by the driver where a run has looked, else
+        predicted.
+        """
+        if not self.on_gpus:
+            return None
+        count = max(1, len(self.hardware.devices))
+        seen = [u.utilisation for u in (devices_used(self.past) if self.past else ()) if u.device != "host"]
+        known = [share for share in seen if share is not None]
+        if known and self.rate is not None:
+            return Figure(sum(known) / max(len(known), count), self.rate.basis)
+        idle = self.now.speed.idle if self.now and self.now.speed else ()
+        if not idle:
+            return None
+        return Figure(sum(1 - share for share in idle) / max(len(idle), count), planner_basis(self.hardware))
+
+    @property
     def on_gpus(self) -> bool:
         """Whether it computes on GPUs."""
         return self.now.layout.device == "cuda" if self.now else bool(self.hardware.devices)
@@ -105,11 +123,11 @@ class Facts:
     def recipe(self) -> Recipe:
         """Today's wish with everything left to the planner that only decides how the same training is computed.
 
-        A batch smaller than kitaeru's own is part of the baseline's habits, not of anybody's wish.
+        The baseline's small batch and its arithmetic are habits, not anybody's wish.
         """
         change = dict(FREE)
         if self.today.kind == "baseline":
-            change["train.global_batch_examples"] = None
+            change |= {"train.global_batch_examples": None, "train.arithmetic": "auto"}
         return changed(self.today.recipe, change)
 
     @cached_property
@@ -294,6 +312,7 @@ def _baseline(model: str, method: str, seq_len: int | None) -> Recipe:
         "data.packing": False,
         "strategy": "single",
         "limits.devices": 1,
+        "train.arithmetic": "plain",
         "train.global_batch_examples": BASELINE_EXAMPLES,
     }
     return read(None, values=values).recipe

@@ -20,7 +20,8 @@ from kitaeru.report.advice.html import to_html
 from kitaeru.report.advice.markdown import to_markdown
 from kitaeru.report.advice.plots import GROUP_NAMES, SPAN_NAMES, Lane, day_lanes, groups, lanes, memory_lane
 from kitaeru.report.chart import Chart, Series, figure
-from kitaeru.report.wording import bytes_text, count_text, duration_text, percent_text, round_two
+from kitaeru.report.usage import cost, mfu, money_text
+from kitaeru.report.wording import bytes_text, count_text, duration_text, number_text, percent_text, round_two
 from kitaeru.shape import catalogue
 
 BILLION = 10**9
@@ -78,11 +79,18 @@ def _today(advice: Advice) -> Iterator[Block]:
                   tokens=count_text(layout.micro_batch_tokens))  # fmt: skip
         batch = tr("{count} tokens", count=count_text(today.now.global_batch_tokens))
         cards.append(Card(tr("Batch of a step"), Cell(batch), note))
-        busy = 1 - sum(speed.idle) / len(speed.idle) if speed.idle else 1.0
-        note = tr("of all GPUs' time; matrix units of those at work: {mfu}", mfu=percent_text(speed.mfu))
-        share = busy * today.devices / max(1, len(facts.hardware.devices))
-        if today.on_gpus:
-            cards.append(Card(tr("Utilisation"), Cell(percent_text(share), basis), note))
+        busy, own = today.busy, mfu(today.past) if today.past else None
+        if busy is not None:
+            share = percent_text(own if own is not None else speed.mfu)
+            note = tr("of all GPUs' time; matrix units of those at work: {mfu}", mfu=share)
+            cards.append(Card(tr("Utilisation"), Cell(percent_text(busy.value), busy.basis), note))
+    spent = cost(today.past, today.recipe.track) if today.past else None
+    if spent is not None and today.rate is not None:
+        note = tr("{watts:.0f} W on average", watts=spent.watts)
+        if spent.per_million is not None:
+            note += " · " + tr("{money} for a million tokens", money=money_text(spent.per_million, spent.currency))
+        energy = tr("{count} tokens per joule", count=number_text(spent.tokens_per_joule))
+        cards.append(Card(tr("Energy"), Cell(energy, today.rate.basis), note))
     if advice.largest_today is not None:
         size = tr("{count} parameters", count=count_text(advice.largest_today.parameters))
         cards.append(Card(tr("Largest known model"), Cell(advice.largest_today.name, basis), size))
@@ -176,10 +184,11 @@ def _comparison(advice: Advice) -> Iterator[list[Cell]]:
         batches = now.global_batch_tokens, best.global_batch_tokens
         yield row(tr("tokens in a step"), Cell(count_text(batches[0])), Cell(count_text(batches[1])),
                   batches[1] / batches[0])  # fmt: skip
-    if facts.hardware.devices and now is not None and best is not None:
-        busy, then_busy = _busy(now, facts), _busy(best, facts)
-        yield row(tr("utilisation of all GPUs"), Cell(percent_text(busy), theirs), Cell(percent_text(then_busy), basis),
-                  then_busy / busy if busy else None)  # fmt: skip
+    busy = today.busy
+    if busy is not None and best is not None:
+        then_busy = _busy(best, facts)
+        yield row(tr("utilisation of all GPUs"), Cell(percent_text(busy.value), busy.basis),
+                  Cell(percent_text(then_busy), basis), then_busy / busy.value if busy.value else None)  # fmt: skip
 
 
 def _busy(candidate: Candidate, facts: Facts) -> float:
@@ -297,6 +306,7 @@ def _speed_plot(advice: Advice, ways: Sequence[Candidate]) -> Drawing:
 def _activations(candidate: Candidate) -> str:
     return {
         "keep": tr("activations kept"),
+        "keep8": tr("activations kept, some in 8 bits"),
         "recompute": tr("activations computed again"),
         "offload": tr("activations in RAM"),
     }[candidate.layout.activations]

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import fmean
 
+from kitaeru.events import SteppedDown
 from kitaeru.i18n import N_, in_every_language, tr
 from kitaeru.plan.decide import GLOBAL_BATCH_TOKENS
 from kitaeru.plan.types import Candidate
 from kitaeru.report.advice.facts import Change, Facts
+from kitaeru.report.usage import device_text, devices_used, time_shares
 from kitaeru.report.wording import bytes_text, count_text, loss_text, percent_text
 
 # Shares above which something is worth a sentence.
 UNUSED_MEMORY, WAITING, LAUNCHING, LOOKING, SAVING, CUT, FULL, TAKEN = 0.45, 0.10, 0.25, 0.15, 0.10, 0.02, 0.97, 0.10
+# A device that takes so many times as long as the mean holds the others up.
+UNEVEN = 1.1
 
 
 @dataclass(frozen=True)
 class Finding:
     """Something to mend. `what` is the problem with its numbers, `why` what it costs; `change` are the recipe's values
-    that mend it, `command` what to type where it is no matter of a recipe. A `trade` changes what is learnt, not only
-    how it is computed, so it is never mixed into the changes that are free.
+    that mend it, `command` what to type where it is no matter of a recipe. A `trade` changes what is learnt, or pins
+    something, so it is never mixed into the changes that are free.
     """
 
     name: str
@@ -152,6 +157,19 @@ def _full_precision(f: Facts) -> Finding | None:
     )
 
 
+def _plain_arithmetic(f: Facts) -> Finding | None:
+    now, wish = f.today.now, f.today.recipe.train.arithmetic
+    if now is None or wish not in ("plain", "16") or not f.today.on_gpus or now.layout.method not in ("lora", "qlora"):
+        return None
+    return Finding(
+        "arithmetic",
+        tr("Products with the frozen weights are computed in 16 bits, layer by layer as the model's code has it."),
+        tr("Where it is faster, kitaeru fuses each layer into one operation and multiplies in 8 bits."),
+        {"train.arithmetic": "auto"},
+        trade=f.today.kind != "baseline",
+    )
+
+
 def _slow_attention(f: Facts) -> Finding | None:
     kernel = f.today.recipe.model.attention
     if kernel not in ("eager", "sdpa") or not f.today.shape.plain_causal:
@@ -275,6 +293,67 @@ def _slower_than_planned(f: Facts) -> Finding | None:
     )
 
 
+def _throttled(f: Facts) -> Finding | None:
+    seen = [used for used in devices_used(f.today.past) if used.used] if f.today.past else []
+    held = [(share, reason, used) for used in seen for reason, share in used.throttled.items()]
+    share, reason, used = max(held, key=lambda item: item[0], default=(0.0, "", None))
+    if used is None or share < WAITING:
+        return None
+    return Finding(
+        "throttled",
+        tr("{device} was held back {share} of the time: {reason}.", device=f"{device_text(used.device)} {used.name}",
+           share=percent_text(share), reason=reason),
+        tr("More air, a clean filter or another slot for heat; a higher limit (nvidia-smi -pl) for power."),
+        command="nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER",
+    )  # fmt: skip
+
+
+def _waits_for_data(f: Facts) -> Finding | None:
+    share = time_shares(f.today.past.steps).get("data", 0.0) if f.today.past else 0.0
+    if share < WAITING:
+        return None
+    return Finding(
+        "data",
+        tr("{share} of the time goes into putting the data together.", share=percent_text(share)),
+        tr("The devices wait meanwhile. A slow or distant disk looks like this: copy the data to a local one."),
+    )
+
+
+def _slow_rank(f: Facts) -> Finding | None:
+    told = [step.rank_seconds for step in (f.today.past.steps if f.today.past else ()) if len(step.rank_seconds) > 1]
+    if not told:
+        return None
+    means = [fmean(seconds) for seconds in zip(*told, strict=True)] if len({len(t) for t in told}) == 1 else []
+    if not means or max(means) < UNEVEN * fmean(means):
+        return None
+    slowest = means.index(max(means))
+    return Finding(
+        "slow-rank",
+        tr("Device {rank} takes {times:.2f} times as long as the mean for the same work.", rank=slowest,
+           times=max(means) / fmean(means)),
+        tr("All others wait for it: a hotter card, a narrower slot, or another program on it."),
+        command="kitaeru doctor",
+    )  # fmt: skip
+
+
+def _stepped_down(f: Facts) -> Finding | None:
+    steps = f.today.past.of(SteppedDown) if f.today.past else []
+    if not steps:
+        return None
+    last = steps[-1]
+    return Finding(
+        "stepped-down",
+        tr(
+            "Memory ran out at step {step}; the run went on with {tokens} tokens at a time.",
+            step=count_text(last.step),
+            tokens=count_text(last.micro_batch_tokens),
+        ),
+        tr("The result is the same, but time was lost. Beginning with less at a time loses none."),
+        {"limits.micro_batch_tokens": last.micro_batch_tokens},
+        trade=True,
+    )
+
+
 def _validates_too_often(f: Facts) -> Finding | None:
     past = f.today.past
     if past is None or not past.seconds:
@@ -387,6 +466,7 @@ def _nearly_full(f: Facts) -> Finding | None:
         tr("The peak was {peak} of {size}.", peak=bytes_text(peak.value), size=bytes_text(size)),
         tr("One longer example, or a desktop that opens a window, ends the run."),
         {"limits.memory_gb": round(0.92 * size / 1e9, 1)},
+        trade=True,
     )
 
 
@@ -450,11 +530,16 @@ RULES: tuple[Rule, ...] = (
     _recomputes_without_need,
     _no_accumulation,
     _full_precision,
+    _plain_arithmetic,
     _slow_attention,
     _four_bits,
     _sixteen_bits,
     _slower_than_planned,
     _nearly_full,
+    _throttled,
+    _waits_for_data,
+    _slow_rank,
+    _stepped_down,
     _shared_gpu,
     _container,
     _no_peer_access,
