@@ -20,7 +20,7 @@ _WIDTH, _HEIGHT = 1000, 400
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: (x, y) points, ordered by x. `look` is a CSS class: raw, main, second (dots) or limit (dashed)."""
+    """One curve: (x, y) points, ordered by x. `look` is a CSS class: raw, main, other, second (dots), limit (dashed)."""
 
     name: str
     points: Sequence[Point]
@@ -105,7 +105,7 @@ def _svg(chart: Chart, series: Sequence[Series], frame: _Frame, y_ticks: list[fl
     lines = [_path("grid", [(0, frame.y(t)), (1, frame.y(t))]) for t in y_ticks]
     lines += [_path("tick", [(frame.x(t), 0), (frame.x(t), 0.02)]) for t in x_ticks]
     # The quiet curves first, so that the main one lies on top.
-    for item in sorted(series, key=lambda s: ("limit", "raw", "main", "second").index(s.look)):
+    for item in sorted(series, key=lambda s: ("limit", "raw", "main", "other", "second").index(s.look)):
         places = [(frame.x(x), frame.y(y)) for x, y in item.points]
         lines.append(_path(item.look, places))
         if item.look == "second" or len(places) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from html import escape
 
 from kitaeru.events import Devices, Reading
 from kitaeru.i18n import tr
@@ -40,7 +41,7 @@ def usage(past: History, plan: Plan | None) -> str:
         counts = {share_text(name): round(1000 * share) for name, share in shares.items()}
         parts.append(bars(tr("Where the time of the steps went"), counts, lambda value: percent_text(value / 1000)))
     if used:
-        parts.append(_table(used))
+        parts.append(f"<h3>{escape(tr('Devices'))}</h3>" + _table(used))
         parts.append(f'<div class="charts">{"".join(map(figure, _charts(past)))}</div>')
     return section(tr("Devices, power and time"), "".join(parts))
 
@@ -112,8 +113,9 @@ def _series(past: History, value: _Value) -> list[Series]:
             if read is not None:
                 points.setdefault((look.host, reading.device), []).append((look.time - start, read))
     gpus = {key: found for key, found in points.items() if key[1] != "host"}
-    styles = ("main", "second")
+    shown = gpus or points
+    looks_of_few = ("main", "other")
     return [
-        Series(device_text(device), found, styles[number] if len(points) < 3 and number < 2 else "raw")
-        for number, ((_, device), found) in enumerate((gpus or points).items())
+        Series(device_text(device), found, looks_of_few[number] if len(shown) < 3 else "raw")
+        for number, ((_, device), found) in enumerate(shown.items())
     ]
