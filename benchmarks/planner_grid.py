@@ -72,6 +72,7 @@ class Point:
     step: int = 1  # micro-batches of a step, or below 0 its tokens
     cap_gib: float = 0.0
     quantize: str = "auto"
+    arithmetic: str = "auto"  # of the frozen products: "plain" is the model's own code
 
     @property
     def name(self) -> str:
@@ -139,6 +140,14 @@ def _points() -> list[Point]:
             Point("mixtral-8x7b", 2, "qlora", "keep", 512, 2048, 2),
             Point("mixtral-8x7b", 2, "lora", "recompute", 8192, 8192),
         ],
+        [  # the models' own layers, where others are fused
+            Point("llama-3-8b", 8, "qlora", "keep", 2048, 8192, arithmetic="plain"),
+            Point("llama-3-8b", 8, "lora", "recompute", 2048, 8192, arithmetic="plain"),
+            Point("qwen3-4b", 12, "lora", "keep", 512, 4096, arithmetic="plain"),
+            Point("llama-2-13b", 8, "lora", "keep", 4096, 8192, arithmetic="plain"),
+            Point("codellama-34b", 8, "qlora", "recompute", 2048, 8192, arithmetic="plain"),
+            Point("llama-3-8b", 32, "qlora", "auto", 2048, 0, -8192, 24, arithmetic="plain"),
+        ],
         [  # 8-bit base
             Point("llama-3-8b", 8, "lora", "keep", 2048, 4096, 1, 0, "int8"),
             Point("llama-3-8b", 8, "lora", "recompute", 2048, 8192, 1, 0, "int8"),
@@ -149,13 +158,15 @@ def _points() -> list[Point]:
 
 def _exhaustive() -> list[Point]:
     """Every layout of one shape under one cap, and for each method what the planner takes when nothing is pinned."""
-    sizes = (2048, 3072, 4096, 6144, 8192, 12288, 16384)
-    points = [Point("llama-3-8b", 16, method, "auto", 1024, 0, -16384, 24) for method in ("qlora", "lora")]
+    sizes = {"auto": (2048, 3072, 4096, 6144, 8192, 12288, 16384), "plain": (2048, 4096, 8192, 16384)}
+    methods = ("qlora", "lora")
+    points = [Point("llama-3-8b", 16, method, "auto", 1024, 0, -16384, 24) for method in methods]
     return points + [
-        Point("llama-3-8b", 16, method, activations, 1024, tokens, -16384, 24)
-        for method in ("qlora", "lora")
+        Point("llama-3-8b", 16, method, activations, 1024, tokens, -16384, 24, arithmetic=arithmetic)
+        for arithmetic in sizes
+        for method in methods
         for activations in ("keep", "recompute")
-        for tokens in sizes
+        for tokens in sizes[arithmetic]
     ]
 
 
@@ -195,7 +206,8 @@ def wish_of(point: Point, folder: str, *, small: bool = False) -> tuple[Recipe, 
             "method": point.method,
             "strategy": "single",
             "limits": limits,
-            "train": {"global_batch_tokens": max(step, seq_len), "max_steps": STEPS, "learning_rate": 1e-5},
+            "train": {"global_batch_tokens": max(step, seq_len), "max_steps": STEPS, "learning_rate": 1e-5}
+            | ({} if point.arithmetic == "auto" else {"arithmetic": point.arithmetic}),
         }
     )
     examples = max(1, max(step, seq_len) // seq_len)
@@ -333,7 +345,7 @@ def _corpus(plan: Plan, vocabulary: int) -> Any:
     )
 
 
-def _make_model(section: Any, layout: Any, seed: int) -> Any:
+def _make_model(section: Any, layout: Any, seed: int, *_: Any) -> Any:
     """As `model.load.load_model` would give it: dtype, packing of the base, attention, device."""
     import torch
     from transformers import AutoModelForCausalLM
