@@ -20,7 +20,7 @@ _WIDTH, _HEIGHT = 1000, 400
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: (x, y) points, ordered by x. `look` is a CSS class: raw, main, other, second (dots), limit (dashed)."""
+    """One curve: (x, y) points, ordered by x. `look` is a CSS class: raw, main, other, second (dots) or limit."""
 
     name: str
     points: Sequence[Point]
