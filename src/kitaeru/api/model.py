@@ -238,11 +238,14 @@ class JapaneseModel:
         """The model in 4 bits with its layers in `folder`; accelerate has a way for whole weights only."""
         import torch
 
+        from kitaeru.model import attention
         from kitaeru.model.stream import load_streamed
 
         on_gpu = torch.cuda.is_available() and self.device_map != "cpu"
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         model = load_streamed(self.section, base="nf4", precision=precision, device=device, folder=folder)
+        if model.config._attn_implementation == attention.NAME:  # for packed rows; one answer is no packed row
+            model.set_attn_implementation("sdpa")
         model.eval()
         return model
 

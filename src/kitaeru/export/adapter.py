@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from transformers import PreTrainedModel
 
 from kitaeru.errors import ModelError
@@ -22,7 +24,8 @@ def put_on(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     # PEFT would hand the whole model out anew if it saw that parts of it lie in RAM or on disk: they stay there.
     places = model.__dict__.pop("hf_device_map", None)
     try:
-        tuned = PeftModel.from_pretrained(model, str(adapter))
+        with _stand_ins(model):
+            tuned = PeftModel.from_pretrained(model, str(adapter))
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ModelError(
             tr("The adapter does not fit this model: {said}", said=str(error).splitlines()[0]),
@@ -32,20 +35,36 @@ def put_on(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     finally:
         if places is not None:
             model.hf_device_map = places
-    for module in tuned.modules():
-        if isinstance(module, BaseTunerLayer):
-            _follow(module)
     tuned.eval()
     return model
 
 
-def _follow(layer: Any) -> None:
-    """An adapter's own weights go where its layer computes, which is not where an offloaded layer's weights lie."""
-    hook = getattr(layer.get_base_layer(), "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    if device is None:
-        return
-    for name in layer.adapter_layer_names:
-        part = getattr(layer, name)
-        if hasattr(part, "to"):
-            part.to(device)
+@contextmanager
+def _stand_ins(model: PreTrainedModel) -> Iterator[None]:
+    """PEFT puts an adapter where its layer's weights are. Weights that come from elsewhere when they are needed have
+    empty ones in their place meanwhile, on the device that computes.
+    """
+    away = [
+        (module, name, weight)
+        for module in model.modules()
+        for name, weight in module._parameters.items()
+        if weight is not None and weight.device.type == "meta"
+    ]
+    for module, name, weight in away:
+        empty = torch.empty(0, dtype=weight.dtype, device=_computes_on(module))
+        module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, weight in away:
+            module._parameters[name] = weight
+
+
+def _computes_on(module: nn.Module) -> torch.device:
+    """The device of accelerate's hook on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in (hook, *getattr(hook, "hooks", ())):
+        place = getattr(one, "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    return torch.device("cpu")

@@ -246,12 +246,12 @@ def load_to_answer(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if offload_folder is None and "offload" in str(error):
-            raise ModelError(
-                tr("{model} does not fit into the GPUs and RAM together.", model=section.name),
-                remedy=tr("Name a folder on a fast disk with room for it: offload_folder."),
-            ) from error
         raise not_loaded(section, error) from error
+    if offload_folder is None and "disk" in getattr(loaded, "hf_device_map", {}).values():
+        raise ModelError(
+            tr("{model} does not fit into the GPUs and RAM together.", model=section.name),
+            remedy=tr("Name a folder on a fast disk, offload_folder: parts are then read from disk when needed; slow."),
+        )
     keep_trainable_packing(loaded)
     loaded.eval()
     return loaded
