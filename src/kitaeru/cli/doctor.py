@@ -30,6 +30,9 @@ def run(
     json_: Annotated[
         bool, Parameter(name="--json", negative="", help=N_("Print JSON: all facts, trials and findings."))
     ] = False,
+    quick: Annotated[
+        bool, Parameter(negative="", help=N_("Only look, try nothing: for a health check beside a run."))
+    ] = False,
     train: Annotated[
         bool, Parameter(negative="", help=N_("Also train: six checks with the bundled model, a minute or two."))
     ] = False,
@@ -46,12 +49,12 @@ def run(
             remedy="kitaeru doctor --train --only 4",
         )
     if json_:
-        examined, proofs = examine(), list(prove(only or ())) if train else []
+        examined, proofs = examine(quick=quick), list(prove(only or ())) if train else []
         answer = examined.to_dict() | ({"checks": [asdict(proof) for proof in proofs]} if train else {})
         print(json.dumps(answer, ensure_ascii=False, indent=2))
     else:
         with console(stderr=True).status(tr("Looking at this machine, and trying what must be tried …")):
-            examined = examine()
+            examined = examine(quick=quick)
         show(out, examined)
         proofs = show_proofs(out, only or ()) if train else []
     failed = any(proof.passed is False for proof in proofs)

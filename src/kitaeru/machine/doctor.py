@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kitaeru.hardware import Hardware
+from kitaeru.i18n import tr
 from kitaeru.machine.ailments import findings, unseen
 from kitaeru.machine.facts import Facts, gather
 from kitaeru.machine.findings import Finding, Unseen
@@ -47,19 +48,27 @@ class Examined:
         }
 
 
-def examine() -> Examined:
-    """Look at this machine. Takes seconds on a CPU, up to a minute or two on several GPUs; never fails."""
+def examine(*, quick: bool = False) -> Examined:
+    """Look at this machine. Takes seconds on a CPU, up to a minute or two on several GPUs; never fails.
+
+    `quick`: only look, in a fraction of a second, and leave the devices alone: for a health check beside a run.
+    """
     hardware = probe()
-    trials = run_trials()
-    facts = gather(folders=folders(os.environ), torch=trials.torch if not trials.error else None)
+    trials = Trials() if quick else run_trials()
+    tried = not quick and not trials.error
+    facts = gather(folders=folders(os.environ), torch=trials.torch if tried else None)
     versions = dict(hardware.versions) | {"nccl": trials.torch.nccl} if trials.torch.nccl else hardware.versions
     return Examined(
         hardware=replace(hardware, versions=versions),
         facts=facts,
         trials=trials,
         findings=tuple(findings(facts, trials)),
-        unseen=tuple(unseen(facts, trials)),
+        unseen=(*unseen(facts, trials), *((_not_tried(),) if quick else ())),
     )
+
+
+def _not_tried() -> Unseen:
+    return Unseen(tr("torch, sums over processes, copies, links at load"), tr("nothing is tried with --quick"))
 
 
 def folders(environment: Mapping[str, str]) -> dict[str, Path]:
