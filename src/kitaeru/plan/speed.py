@@ -224,8 +224,9 @@ def _layer_waits(
     found = _activation_waits(layout, shape, load, rates, forward, backward)
     if layout.variant == DISK:
         weights, _ = layer_weight_bytes(replace(layout, variant=""), shape)
-        once = weights / DISK_BYTES_S
-        found["offload"] = shape.layers * (max(0.0, once - forward) + max(0.0, once - backward))
+        # The system reads ahead while a layer computes; the copy from its cache to the device is waited for.
+        once, copied = weights / DISK_BYTES_S, weights / rates.host_copy
+        found["offload"] = shape.layers * sum(copied + max(0.0, once - passes) for passes in (forward, backward))
     if layout.strategy not in ("fsdp", *ZERO):
         return found
     weights, tables = layer_weight_bytes(layout, shape)
