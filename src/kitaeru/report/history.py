@@ -10,8 +10,22 @@ from statistics import median
 from typing import TypeVar
 
 from kitaeru.errors import UsageError
-from kitaeru.events import DataReady, Evaluated, Event, Notice, RunFinished, RunStarted, Sample, Saved, Step, read
+from kitaeru.events import (
+    DataReady,
+    Evaluated,
+    Event,
+    Notice,
+    Preflight,
+    RunFinished,
+    RunStarted,
+    Sample,
+    Saved,
+    Step,
+    SteppedDown,
+    read,
+)
 from kitaeru.i18n import tr
+from kitaeru.report.wording import stepped_text
 
 _E = TypeVar("_E", bound=Event)
 
@@ -83,8 +97,20 @@ class History:
 
     @property
     def notices(self) -> list[Notice]:
-        """All notices; one that every start repeats is kept once."""
-        return list({(event.level, event.text, event.step): event for event in self.of(Notice)}.values())
+        """All notices, and where memory ran out; one that every start repeats is kept once."""
+        found = [
+            Notice(time=event.time, level="warning", text=stepped_text(event), step=event.step)
+            if isinstance(event, SteppedDown)
+            else event
+            for event in self.events
+            if isinstance(event, Notice | SteppedDown)
+        ]
+        return list({(event.level, event.text, event.step): event for event in found}.values())
+
+    @property
+    def preflight(self) -> Preflight | None:
+        """What the largest micro-batch took before the last start."""
+        return next(reversed(self.of(Preflight)), None)
 
     @property
     def before(self) -> Evaluated | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from kitaeru.events import DataReady, Evaluated, Event, Notice, RunFinished, RunStarted, Saved
+from kitaeru.events import DataReady, Evaluated, Event, Notice, Preflight, RunFinished, RunStarted, Saved, SteppedDown
 from kitaeru.i18n import tr
 from kitaeru.plan.types import Plan
 from kitaeru.report.wording import (
@@ -16,7 +16,9 @@ from kitaeru.report.wording import (
     loss_text,
     outcome_text,
     percent_text,
+    preflight_text,
     split_text,
+    stepped_text,
     value_text,
 )
 
@@ -41,6 +43,10 @@ def event_line(event: Event) -> Text | None:
                 ),
                 style="dim",
             )
+        case SteppedDown():
+            return _notice(Notice(level="warning", text=stepped_text(event), step=event.step))
+        case Preflight():
+            return Text(preflight_text(event), style="dim")
         case RunStarted() if event.resumed_step > 0:
             return Text(tr("going on after step {step} of {total}", step=event.resumed_step, total=event.max_steps))
         case RunFinished():

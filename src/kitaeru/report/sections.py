@@ -22,6 +22,7 @@ from kitaeru.report.wording import (
     loss_text,
     number_text,
     percent_text,
+    preflight_text,
     rate_text,
     round_two,
     split_text,
@@ -105,6 +106,8 @@ def plan(past: History, plan: Plan | None) -> str:
         rows = [[f"<code>{escape(d.path)}</code>", f"<code>{escape(value_text(d.value))}</code>", escape(d.why)]
                 for d in plan.decisions]  # fmt: skip
         parts.append(table((tr("value"), tr("decided"), tr("why")), rows, raw=True, stack=True))
+    if past.preflight is not None:
+        parts.append(f"<p>{escape(preflight_text(past.preflight))}</p>")
     memory = {item_text(item): size for item, size in plan.chosen.memory.items() if size > 0}
     parts.append(bars(tr("Predicted memory at the peak"), memory, bytes_text))
     if plan.rivals:

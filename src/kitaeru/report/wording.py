@@ -6,7 +6,7 @@ import math
 import unicodedata
 from pathlib import Path
 
-from kitaeru.events import RunStarted
+from kitaeru.events import Preflight, RunStarted, SteppedDown
 from kitaeru.i18n import tr
 from kitaeru.plan.memory import ITEMS
 from kitaeru.plan.types import Layout
@@ -151,6 +151,30 @@ def layout_text(layout: Layout) -> str:
     tokens = tr("at most {count} tokens at once", count=count_text(layout.micro_batch_tokens))
     parts = (layout.method, layout.strategy, base, layout.precision, kept.get(layout.activations, ""), tokens)
     return " · ".join(part for part in parts if part)
+
+
+def stepped_text(event: SteppedDown) -> str:
+    """That memory ran out, and how the run goes on."""
+    now, planned = count_text(event.micro_batch_tokens), count_text(event.planned_micro_batch_tokens)
+    changes = []
+    if event.micro_batch_tokens != event.planned_micro_batch_tokens:
+        changes.append(tr("micro-batches of {now} tokens instead of {planned}", now=now, planned=planned))
+    if event.activations != event.planned_activations:
+        ways = {"recompute": tr("activations computed again"), "offload": tr("activations in RAM")}
+        changes.append(ways.get(event.activations, event.activations))
+    return tr(
+        "Memory ran out; training goes on with {changes}. A step has as many tokens as before and computes the same.",
+        changes=", ".join(changes),
+    )
+
+
+def preflight_text(event: Preflight) -> str:
+    """What trying the largest micro-batch has shown."""
+    values = {"tokens": count_text(event.tokens), "size": bytes_text(event.peak_bytes)}
+    if not event.planned_bytes:
+        return tr("The largest micro-batch ({tokens} tokens) was tried first: {size}.", **values)
+    values["planned"] = bytes_text(event.planned_bytes)
+    return tr("The largest micro-batch ({tokens} tokens) was tried first: {size}, planned {planned}.", **values)
 
 
 def value_text(value: object) -> str:
