@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kitaeru.events import Evaluated, RunFinished, RunStarted, Step
+from kitaeru.events import Evaluated, RunFinished, RunStarted, Sample, Step
 
 STEPS = 40
 TWO = {"strategy": "ddp", "limits__devices": 2, "train__max_steps": STEPS, "train__save_every": 5}
@@ -82,6 +82,41 @@ def test_two_devices_are_one_training(one, new_folder, tmp_path):
     assert [rank(folder, number)["state"] for number in (0, 1)] == ["done", "done"]
     assert '"kind": "step"' in (folder.run / "logs" / "rank-1.log").read_text()
     assert folder.lines("run_started") == 1
+
+
+@pytest.mark.parametrize("strategy", ["pipeline", "model_parallel"])
+def test_a_model_split_over_two_devices_is_one_training(one, new_folder, tmp_path, strategy):
+    folder = new_folder(tmp_path, **(TWO | {"strategy": strategy}))
+    said = folder.train()
+    assert_same(folder, one)
+    assert folder.events(RunStarted)[0].strategy == strategy
+    assert "step 40/40" in said
+    plan = json.loads((folder.run / "plan.json").read_text())["chosen"]
+    assert len(plan["layout"]["cuts"]) >= 2
+    answers = [[event.answer for event in each.events(Sample)] for each in (folder, one)]
+    assert answers[0] == answers[1]
+    counts = [each.events(RunStarted)[0].trainable_parameters for each in (folder, one)]
+    assert counts[0] == counts[1]
+
+
+def test_a_rank_of_a_pipeline_that_is_killed_is_named(one, new_folder, tmp_path):
+    folder = new_folder(tmp_path, **(TWO | {"strategy": "pipeline"}))
+    code, seconds, said = killed(folder, 1, signal.SIGKILL)
+    assert code == 1
+    assert seconds < 30
+    assert f"Rank 1 on {os.uname().nodename} is lost after step" in said.replace("\n", " ")
+    folder.write(strategy="ddp")
+    folder.train("--resume")
+    assert_same(folder, one)
+
+
+def test_a_stopped_rank_of_a_pipeline_is_missed(new_folder, tmp_path):
+    folder = new_folder(tmp_path, **(TWO | {"strategy": "pipeline", "train__max_steps": 4000}))
+    code, seconds, said = killed(folder, 1, signal.SIGSTOP)
+    assert code == 1
+    assert seconds < 30
+    assert "Rank 1" in said
+    assert "no sign of life" in said
 
 
 @pytest.mark.parametrize("number", [0, 1])
