@@ -112,8 +112,10 @@ def _summary(advice: Advice, page: Path) -> None:
     for found in advice.findings:
         gain = f" (×{found.gain:.2f})" if found.gain and abs(found.gain - 1) >= 0.02 else ""
         out.print(Padding(Prose(f"· {found.finding.what}{gain}"), (0, 0, 0, 2)))
+    if not advice.findings:
+        out.print(Prose(tr("None of the rules found anything: today's way is the one the planner would take.")))
     promise = advice.facts.promise(best) if best else None
-    if best is not None and promise is not None and today.rate is not None:
+    if advice.findings and best is not None and promise is not None and today.rate is not None:
         out.print()
         line = tr(
             "{before} → {after} tokens/s ({times:.2f} times) with {name}, {size}",

@@ -68,6 +68,17 @@ def test_a_recipe_that_leaves_all_open_has_no_fault() -> None:
         ("fp32", SMALL, {"train__precision": "fp32"}),
         ("attention", SMALL, {"model__attention": "eager"}),
         ("four-bits", ELYZA, {"method": "lora"}),
+        (
+            "layers-in-turn",
+            ELYZA,
+            {"method": "qlora", "strategy": "model_parallel", "limits__micro_batch_tokens": 16384},
+        ),
+        ("bubble", ELYZA, {"method": "qlora", "strategy": "pipeline", "limits__micro_batch_tokens": 4096}),
+        (
+            "link",
+            "sbintuitions/sarashina2.2-3b",
+            {"method": "lora", "strategy": "fsdp", "data__seq_len": 512, "limits__micro_batch_tokens": 512},
+        ),
         ("sixteen-bits", ELYZA, {"method": "qlora"}),
         ("host", SMALL, {"limits__micro_batch_tokens": 512, "data__seq_len": 512}),
         ("does-not-fit", "codellama/CodeLlama-34b-hf", {"method": "lora", "strategy": "single"}),

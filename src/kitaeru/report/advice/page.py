@@ -82,7 +82,7 @@ def _today(advice: Advice) -> Iterator[Block]:
         busy, own = today.busy, mfu(today.past) if today.past else None
         if busy is not None:
             share = percent_text(own if own is not None else speed.mfu)
-            note = tr("of all GPUs' time; matrix units of those at work: {mfu}", mfu=share)
+            note = tr("of all GPUs' time; {mfu} of the 16-bit arithmetic of those at work", mfu=share)
             cards.append(Card(tr("Utilisation"), Cell(percent_text(busy.value), busy.basis), note))
     spent = cost(today.past, today.recipe.track) if today.past else None
     if spent is not None and today.rate is not None:

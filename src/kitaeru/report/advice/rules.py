@@ -20,6 +20,8 @@ from kitaeru.report.wording import bytes_text, count_text, loss_text, percent_te
 
 # Shares above which something is worth a sentence.
 UNUSED_MEMORY, WAITING, LAUNCHING, LOOKING, SAVING, CUT, FULL, TAKEN = 0.45, 0.10, 0.25, 0.15, 0.10, 0.02, 0.97, 0.10
+# Strategies that give each device some of the layers.
+STAGED = ("pipeline", "model_parallel")
 # A device that takes so many times as long as the mean holds the others up.
 UNEVEN = 1.1
 
@@ -184,19 +186,21 @@ def _slow_attention(f: Facts) -> Finding | None:
 
 def _layers_in_turn(f: Facts) -> Finding | None:
     now = f.today.now
-    if now is None or now.layout.strategy != "model_parallel" or now.speed is None or not now.speed.idle:
+    if now is None or now.layout.strategy not in STAGED or now.speed is None or now.speed.micro_batches > 1:
         return None
     return Finding(
         "layers-in-turn",
         tr("The cards take turns: each waits {share} of the time for the other.", share=percent_text(_idle(now))),
-        tr("The same cut with several micro-batches under way (a pipeline), or a copy on each card, keeps both busy."),
-        {"strategy": "auto"},
+        tr("The same cut with several micro-batches under way, or a copy on each card, keeps all of them busy."),
+        {"strategy": "auto", "limits.micro_batch_tokens": None},
     )
 
 
 def _bubble(f: Facts) -> Finding | None:
     now = f.today.now
-    if now is None or now.layout.strategy != "pipeline" or now.speed is None or _idle(now) < WAITING:
+    if now is None or now.layout.strategy not in STAGED or now.speed is None or _idle(now) < WAITING:
+        return None
+    if now.speed.micro_batches == 1:
         return None
     return Finding(
         "bubble",
