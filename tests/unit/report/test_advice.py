@@ -76,7 +76,7 @@ def test_a_recipe_that_leaves_all_open_has_no_fault() -> None:
         ("bubble", ELYZA, {"method": "qlora", "strategy": "pipeline", "limits__micro_batch_tokens": 4096}),
         (
             "link",
-            "sbintuitions/sarashina2.2-3b",
+            ELYZA,
             {"method": "lora", "strategy": "fsdp", "data__seq_len": 512, "limits__micro_batch_tokens": 512},
         ),
         ("sixteen-bits", ELYZA, {"method": "qlora"}),
