@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.padding import Padding
@@ -17,7 +18,7 @@ from kitaeru.files import write_atomic
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import N_, tr
 from kitaeru.recipe.read import read
-from kitaeru.report.advice import Advice, Facts, Today, advise, from_model, from_recipe, from_run, pages, ran_in
+from kitaeru.report.advice import Advice, Facts, Figure, Today, advise, from_model, from_recipe, from_run, pages, ran_in
 from kitaeru.report.prose import Prose
 from kitaeru.report.wording import bytes_text, count_text, round_two
 from kitaeru.shape import find_shape
@@ -43,6 +44,9 @@ def run(
     output: Annotated[
         Path | None, Parameter(name=("--output", "-o"), help=N_("The page to write; its Markdown twin lies beside it."))
     ] = None,
+    json_: Annotated[
+        bool, Parameter(name="--json", negative="", help=N_("Print the advice as JSON, with the path of the page."))
+    ] = False,
     open_: Annotated[bool, Parameter(name="--open", negative="", help=N_("Show it in the browser."))] = False,
 ) -> int:
     """Write the page and its twin, and print the most important lines."""
@@ -60,6 +64,9 @@ def run(
     words = [*(("--gpus", gpus) if gpus else ()), *(("--ram", ram) if ram else ())]
     advice = advise(Facts(today, hardware, tuple(words)), ran, models)
     page = _write(advice, output or (runs[0] / "advice.html" if runs else Path("advice.html")))
+    if json_:
+        print(json.dumps(as_json(advice, page), ensure_ascii=False, indent=2))
+        return 0
     _summary(advice, page)
     if open_ and not webbrowser.open(page.resolve().as_uri()):
         print(tr("No browser was found; open the file by hand."))
@@ -100,6 +107,48 @@ def _write(advice: Advice, path: Path) -> Path:
     write_atomic(path, html)
     write_atomic(path.with_suffix(".md"), markdown)
     return path
+
+
+def as_json(advice: Advice, page: Path) -> dict[str, Any]:
+    """What the page says first, for programs. Sizes are bytes, speeds tokens/s; each figure has its basis."""
+    facts, best = advice.facts, advice.facts.best
+    return {
+        "page": str(page),
+        "markdown": str(page.with_suffix(".md")),
+        "model": facts.today.recipe.model.name,
+        "hardware": facts.hardware.to_dict(),
+        "today": {
+            "kind": facts.today.kind,
+            "name": facts.today.name,
+            "devices": facts.today.devices if facts.today.on_gpus else 0,
+            "tokens_per_second": _figure(facts.today.rate),
+            "peak_bytes": _figure(facts.today.peak),
+            "largest_model": advice.largest_today.name if advice.largest_today else None,
+        },
+        "possible": {
+            "name": best.layout.name if best else None,
+            "peak_bytes": list(best.device_peaks) if best else [],
+            "tokens_per_second": _figure(facts.promise(best) if best else None),
+            "largest_model": advice.largest.name if advice.largest else None,
+        },
+        "findings": [
+            {"name": p.finding.name, "what": p.finding.what, "why": p.finding.why, "change": dict(p.finding.change),
+             "gain": p.gain}
+            for p in advice.findings
+        ],
+        "actions": [
+            {"title": a.title, "phase": a.phase, "commands": list(a.commands), "gain": a.gain,
+             "tokens_per_second": _figure(a.promise)}
+            for a in advice.actions
+        ],
+    }  # fmt: skip
+
+
+def _figure(figure: Figure | None) -> dict[str, Any] | None:
+    if figure is None:
+        return None
+    basis = {"kind": figure.basis.kind, "source": figure.basis.source}
+    return {"value": figure.value, "low": figure.low, "high": figure.high, "basis": basis}
 
 
 def _summary(advice: Advice, page: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -385,6 +386,16 @@ def test_the_verb_writes_both(in_tmp: Path, capsys: pytest.CaptureFixture[str]) 
     assert '<html lang="ja">' in Path("out/page.html").read_text(encoding="utf-8")
     assert Path("out/page.md").read_text(encoding="utf-8").startswith("# ")
     assert "out/page.html" in capsys.readouterr().out
+
+
+def test_the_verb_answers_programs(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", SMALL, "--gpus", "2x RTX A5000", "--speed", "100", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert Path(answer["page"]).is_file()
+    assert answer["today"]["tokens_per_second"]["basis"]["kind"] == "stated"
+    assert answer["possible"]["tokens_per_second"]["low"] > 100
+    assert {"idle-gpus", "no-packing"} <= {finding["name"] for finding in answer["findings"]}
+    assert answer["actions"][0]["commands"] == [f"kitaeru train {SMALL} --data my.jsonl"]
 
 
 def test_the_verb_takes_a_recipe_and_its_data(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
