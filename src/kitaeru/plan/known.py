@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware
-from kitaeru.plan.choose import survey
+from kitaeru.plan.choose import Pricing, choose, survey
+from kitaeru.plan.problem import state
 from kitaeru.plan.types import Candidate
 from kitaeru.recipe.read import read
+from kitaeru.recipe.types import Recipe
 from kitaeru.shape import Entry, ModelShape, catalogue
 
 MILLION = 10**6
@@ -41,10 +43,20 @@ def models(hardware: Hardware, seq_len: int | None = None, entries: Iterable[Ent
     for entry in catalogue() if entries is None else entries:
         shape = ModelShape.from_config(entry.config, entry.name)
         recipe = read(None, values={"model": entry.name, "data.train": ["-"], "data.seq_len": seq_len}).recipe
-        try:
-            found = survey(recipe, hardware, shape)
-        except PlanError:
-            yield Known(entry.name, shape.parameters(), None)
-            continue
-        fitting = [c for c in found.candidates if c.fits]
-        yield Known(entry.name, shape.parameters(), found.plan.chosen if found.plan else fitting[0])
+        yield Known(entry.name, shape.parameters(), _best(recipe, hardware, shape))
+
+
+def _best(recipe: Recipe, hardware: Hardware, shape: ModelShape) -> Candidate | None:
+    """What would be chosen. Ways that are not built yet are looked at only where no other fits."""
+    pricing = Pricing(state(recipe, hardware, shape, None), built_only=True)
+    try:
+        usable = [candidate for candidate in pricing.price() if candidate.fits]
+    except PlanError:
+        usable = []
+    if usable:
+        return pricing.finished([choose(usable)])[0]
+    try:
+        found = survey(recipe, hardware, shape)
+    except PlanError:
+        return None
+    return next(candidate for candidate in found.candidates if candidate.fits)
