@@ -15,7 +15,6 @@ from kitaeru.files import write_atomic
 from kitaeru.i18n import tr
 from kitaeru.plan.types import Plan
 from kitaeru.report import sections
-from kitaeru.report.advice.next import next_change
 from kitaeru.report.document import html_document
 from kitaeru.report.history import History
 from kitaeru.report.usage_page import usage
@@ -46,6 +45,8 @@ def write_page(run_dir: Path) -> Path:
 
 def page(past: History, plan: Plan | None, recipe: str, run_dir: Path) -> str:
     """The whole page as HTML."""
+    from kitaeru.report.advice.next import next_change  # the planner, which only a page needs
+
     body = "".join(
         (
             _head_of_run(past, run_dir),
