@@ -75,7 +75,7 @@ def run(folder: Path, losses: list[float]) -> None:
     [([4.0, 3.0, 2.0, 1.0], True), ([4.0, 3.0, 2.0, 1.001], False), ([4.0, 3.0, 2.0], False), ([], False)],
 )
 def test_other_losses_than_one_process_has(bench: Bench, losses: list[float], passed: bool) -> None:
-    run(bench.folder / "one-cpu", [4.0, 3.0, 2.0, 1.0])
+    run(bench.folder / "one-full-cpu", [4.0, 3.0, 2.0, 1.0])
     run(bench.folder / "group", losses)
     assert proofs._compared(bench, "group", "cpu", 2)["passed"] is passed
 
