@@ -95,6 +95,11 @@ class Hardware:
         ram = tr("{size} GB of RAM", size=round(self.host_ram_bytes / 1e9))
         return ", ".join([*parts, ram, tr("{count} cores", count=self.cpu_cores)])
 
+    @property
+    def roomiest(self) -> Device | None:
+        """The GPU with most memory free, the first of several: where a run on one device goes. None without a GPU."""
+        return max(self.devices, key=lambda device: device.free_bytes, default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; `from_dict` reads it back, on this machine or another."""
         return {"version": 1, **asdict(self)}

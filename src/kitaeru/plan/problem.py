@@ -47,9 +47,11 @@ class Problem:
             return 1 if self.recipe.strategy in ("auto", "single") else 2
         return max(1, len(self.hardware.devices))
 
-    def device_of(self, rank: int) -> Device | None:
-        """The device of a rank; with more ranks than GPUs they share them."""
-        return None if self.device is None else self.hardware.devices[rank % len(self.hardware.devices)]
+    def device_of(self, rank: int, layout: Layout | None = None) -> Device | None:
+        """The device of a rank: of a layout with one device the roomiest; with more ranks than GPUs they share them."""
+        if self.device is None or (layout is not None and layout.devices == 1):
+            return self.device
+        return self.hardware.devices[rank % len(self.hardware.devices)]
 
     @property
     def typical(self) -> float:
@@ -96,10 +98,8 @@ def state(recipe: Recipe, hardware: Hardware, shape: ModelShape, facts: DataFact
 
 
 def pick_device(recipe: Recipe, hardware: Hardware) -> Device | None:
-    """The device that trains: the first GPU, unless the recipe wants the CPU; None is the CPU."""
-    if recipe.limits.device == "cpu" or not hardware.devices:
-        return None
-    return hardware.devices[0]
+    """The device that trains alone: the roomiest GPU, unless the recipe wants the CPU; None is the CPU."""
+    return None if recipe.limits.device == "cpu" else hardware.roomiest
 
 
 def global_tokens(problem: Problem) -> int:
@@ -135,9 +135,9 @@ def needed_bytes(layout: Layout, peak: int) -> int:
 
 
 def free_bytes(problem: Problem, layout: Layout | None = None, rank: int = 0) -> int:
-    """What a rank's device (without a layout: the first one) has free for it, at most `limits.memory_gb`."""
-    device = problem.device_of(rank)
+    """What a rank's device (without a layout: the roomiest one) has free for it, at most `limits.memory_gb`."""
     ranks = 1 if layout is None else layout.devices
+    device = problem.device if layout is None else problem.device_of(rank, layout)
     if device is None:
         free = problem.hardware.host_free_bytes // ranks
     else:

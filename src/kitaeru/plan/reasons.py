@@ -9,7 +9,7 @@ from kitaeru.i18n import tr
 from kitaeru.plan.decide import decide_seq_len
 from kitaeru.plan.memory import memory_items
 from kitaeru.plan.problem import GB, Problem, free_bytes, global_tokens, needed_bytes, setting_of
-from kitaeru.plan.stored import trained_parameters, trains_all
+from kitaeru.plan.stored import compute_bytes, trained_parameters, trains_all
 from kitaeru.plan.types import Candidate, Decision, Layout
 
 
@@ -138,6 +138,7 @@ def why_chosen(problem: Problem, chosen: Candidate, link: str = "", faster: Cand
                 method=faster.layout.method,
             )
         )
+    sentences += _experts(problem, layout)
     if not problem.shape.exact:
         sentences.append(
             tr("The family {family} is not known here: it is counted as a Llama.", family=problem.shape.family)
@@ -221,16 +222,25 @@ def _why_not_fit(problem: Problem, rival: Candidate) -> str:
     for rank, items in enumerate(rival.devices or (rival.memory,)):
         need, free = needed_bytes(layout, sum(items.values())), free_bytes(problem, layout, rank)
         if need > free:
-            return tr(
+            words = tr(
                 "Does not fit: it needs {need:.1f} GB with its margin, and {free:.1f} GB are free.",
                 need=need / GB,
                 free=free / GB,
             )
+            return " ".join([words, *_experts(problem, layout)])
     return tr(
         "Does not fit: it needs {need:.1f} GB of RAM, and {free:.1f} GB are free.",
         need=rival.host_bytes / GB,
         free=problem.hardware.host_free_bytes / GB,
     )
+
+
+def _experts(problem: Problem, layout: Layout) -> list[str]:
+    """What a quantised mixture keeps in 16 bits, in a sentence."""
+    if layout.base == "none" or layout.packed_experts or not problem.shape.experts:
+        return []
+    size = compute_bytes(layout) * problem.shape.expert_parameters() / GB
+    return [tr("bitsandbytes packs no stacked experts: {size:.1f} GB of them stay in 16 bits.", size=size)]
 
 
 def _seconds(candidate: Candidate) -> float:

@@ -188,3 +188,21 @@ def test_default_seq_len() -> None:
     assert default_seq_len(wish(limits={"micro_batch_tokens": 512}), shape) == 512
     short = ModelShape("llama", 64, 128, 2, 4, 2, 16, 1000, max_position=256)
     assert default_seq_len(wish(), short) == 256
+
+
+@pytest.mark.parametrize("gpus", ["RTX A4000, RTX A6000", "RTX A6000, RTX A4000"])
+def test_one_device_is_the_roomiest(gpus: str) -> None:
+    on = parse_gpus(gpus, "64GB")
+    made = plan(on=on, strategy="single", method="lora")
+    assert made.layout.devices == 1
+    assert "RTX A6000 has 51.5 GB free" in " ".join(made.chosen.why)
+    assert made.chosen.peak_bytes > parse_gpus("RTX A4000").devices[0].free_bytes
+    other = plan(on=parse_gpus("RTX A6000", "64GB"), strategy="single", method="lora")
+    assert made.chosen.speed == other.chosen.speed
+    assert made.layout == other.layout
+
+
+def test_a_packed_mixture_says_what_is_not_packed() -> None:
+    made = plan("mistralai/Mixtral-8x7B-v0.1", parse_gpus("8x H100", "1TB"), method="qlora")
+    assert "90.2 GB of them stay in 16 bits" in " ".join(made.chosen.why)
+    assert "stacked experts" not in " ".join(plan(ELYZA, method="qlora").chosen.why)
