@@ -71,7 +71,7 @@ def stage_devices(layout: Layout) -> tuple[torch.device, ...]:
         return ()
     if layout.device == "cpu":
         return (torch.device("cpu"),) * layout.devices
-    return tuple(torch.device("cuda", number) for number in range(layout.devices))
+    return tuple(torch.device("cuda", number % torch.cuda.device_count()) for number in range(layout.devices))
 
 
 @dataclass(frozen=True)
