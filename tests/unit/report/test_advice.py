@@ -268,6 +268,7 @@ def test_the_baseline_of_two_a5000(baseline: tuple[str, str]) -> None:
     assert "kitaeru plan elyza/Llama-3-ELYZA-JP-8B --gpus '2x RTX A5000' --what-if 'add 1 GPU'" in markdown
     for model in list(SHELF)[:4]:
         assert model in markdown
+    assert re.search(r"kitaeru train \S+70B\S* --data my.jsonl --set limits.offload_folder=offload", markdown)
     outline = Outline(html)
     # Four memory bars, a bar for each way, two lanes for each day, and the curve of scaling.
     assert outline.tags.count("svg") >= 4 + 5 + 2 * 5 + 1
@@ -315,6 +316,8 @@ def test_what_you_say_you_have_is_called_stated(pair: Hardware) -> None:
     assert today.rate is not None
     assert (today.rate.value, today.rate.basis.kind) == (100.0, "stated")
     facts = Facts(today, pair)
+    assert "slower-than-planned" in names(facts)  # and by how much, if it is true
+    assert "slower-than-planned" not in names(Facts(from_model(SMALL, pair), pair))
     assert facts.best is not None
     promise = facts.promise(facts.best)
     # A stated figure says nothing of the planner: it corrects no prediction.

@@ -166,11 +166,13 @@ def _by_size() -> list[ModelShape]:
 def _fits(recipe: Recipe, hardware: Hardware, shape: ModelShape) -> Candidate | None:
     """The fastest layout that fits and can be trained today."""
     try:
-        priced = Pricing(state(recipe, hardware, shape, None), built_only=True).price()
+        pricing = Pricing(state(recipe, hardware, shape, None), built_only=True)
+        fitting = [c for c in pricing.price() if c.fits]
     except KitaeruError:
         return None
-    fitting = [c for c in priced if c.fits]
-    return min(fitting, key=lambda c: c.speed.step_seconds if c.speed else 0.0, default=None)
+    if not fitting:
+        return None
+    return pricing.finished([min(fitting, key=lambda c: c.speed.step_seconds if c.speed else 0.0)])[0]
 
 
 def _with_model(recipe: Recipe, name: str) -> Recipe:
@@ -213,6 +215,7 @@ def _actions(
     yield from sorted([*_free(facts, priced), *_measures(priced)], key=lambda action: -(action.gain or 1.0))
     yield from sorted(_trades(facts, priced), key=lambda action: -(action.gain or 1.0))
     yield from _larger_model(facts, today, largest)
+    yield from _from_disk(facts, largest)
     if len(ran) < 2:
         before = shlex.quote(str(facts.today.typed).removesuffix("/recipe.yaml")) if facts.today.kind == "run" else ""
         yield Action(
@@ -289,6 +292,31 @@ def _larger_model(facts: Facts, today: Known | None, largest: Known | None) -> I
         predicted_rate(largest.best, facts.hardware),
         max(largest.best.device_peaks),
     )
+
+
+def _from_disk(facts: Facts, largest: Known | None) -> Iterator[Action]:
+    """The largest model that trains only with its frozen layers in a folder, read when their turn comes."""
+    if not facts.hardware.devices:
+        return
+    for shape in _by_size():
+        if largest is not None and shape.parameters() <= largest.parameters:
+            return
+        wish = {"model": shape.name, "data": {"train": "my.jsonl"}, "limits": {"offload_folder": "offload"}}
+        found = _fits(Recipe.model_validate(wish), facts.hardware, shape)
+        if found is None:
+            continue
+        command = f"kitaeru train {shlex.quote(shape.name)} --data my.jsonl --set limits.offload_folder=offload"
+        yield Action(
+            tr("Larger still, slowly: {name}, {size} parameters", name=shape.name,
+               size=count_text(shape.parameters())),
+            "next",
+            (tr("Its frozen layers wait in a folder on a fast disk, and each is read when its turn comes."),),
+            (command,),
+            None,
+            predicted_rate(found, facts.hardware),
+            max(found.device_peaks),
+        )  # fmt: skip
+        return
 
 
 def _other_hardware(facts: Facts) -> Iterator[Action]:

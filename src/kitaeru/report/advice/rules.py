@@ -16,7 +16,7 @@ from kitaeru.plan.decide import GLOBAL_BATCH_TOKENS
 from kitaeru.plan.types import Candidate
 from kitaeru.report.advice.facts import Change, Facts
 from kitaeru.report.usage import device_text, devices_used, time_shares
-from kitaeru.report.wording import bytes_text, count_text, loss_text, percent_text
+from kitaeru.report.wording import bytes_text, count_text, loss_text, percent_text, round_two
 
 # Shares above which something is worth a sentence.
 UNUSED_MEMORY, WAITING, LAUNCHING, LOOKING, SAVING, CUT, FULL, TAKEN = 0.45, 0.10, 0.25, 0.15, 0.10, 0.02, 0.97, 0.10
@@ -280,18 +280,17 @@ def _sixteen_bits(f: Facts) -> Finding | None:
 
 def _slower_than_planned(f: Facts) -> Finding | None:
     now, rate = f.today.now, f.today.rate
-    if f.today.kind != "run" or now is None or now.speed is None or rate is None or rate.value >= now.speed.low:
+    if now is None or now.speed is None or rate is None or rate.value >= now.speed.low or not f.today.on_gpus:
         return None
-    if not f.today.on_gpus:
-        return None
+    numbers = {"rate": count_text(rate.value), "low": count_text(round_two(now.speed.low)),
+               "high": count_text(round_two(now.speed.high))}  # fmt: skip
+    if rate.basis.kind == "stated":
+        what = tr("You have {rate} tokens/s where the planner expects {low} to {high} of this very way.", **numbers)
+    else:
+        what = tr("{rate} tokens/s were measured where the plan expected {low} to {high}.", **numbers)
     return Finding(
         "slower-than-planned",
-        tr(
-            "{rate} tokens/s were measured where the plan expected {low} to {high}.",
-            rate=count_text(rate.value),
-            low=count_text(now.speed.low),
-            high=count_text(now.speed.high),
-        ),
+        what,
         tr("A card that is hot, throttled, shared or in a narrow slot looks like this, and so does slow data."),
         command="kitaeru doctor",
     )
