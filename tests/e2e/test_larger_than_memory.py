@@ -1,0 +1,96 @@
+"""A model of 170 MB answers and is trained in the memory of a few of its layers, as the kernel counts it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import ctypes, gc, json, re, sys, threading, time
+from pathlib import Path
+import accelerate, bitsandbytes, peft, transformers
+import kitaeru.engine.run
+from kitaeru import JapaneseModel, LoRAConfig, LoRAFinetuningTrainer, TrainingConfig
+
+model, small, folder = sys.argv[1:]
+highest = 0
+libc = ctypes.CDLL(None)
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+def watch():
+    global highest
+    while True:
+        highest = max(highest, resident())
+        time.sleep(0.002)
+
+def peak(work):
+    global highest
+    gc.collect()
+    libc.malloc_trim(0)
+    highest = resident()
+    work()
+    return highest
+
+def train(model, ram):
+    rows = [{"instruction": f"{i}番は?", "output": f"{i}です。"} for i in range(8)]
+    limited = JapaneseModel(model, "cpu", offload_folder=folder, max_memory={"cpu": ram})
+    recipe = {"samples.count": 0, "limits.micro_batch_tokens": 64, "limits.threads": 1, "track.tensorboard": False}
+    config = TrainingConfig(max_steps=2, max_length=64, output_dir=folder + "/" + ram, recipe=recipe)
+    return LoRAFinetuningTrainer(limited, LoRAConfig(r=4), config).train(rows).plan.layout.way
+
+def answer(**more):
+    one = JapaneseModel(model, "auto", **more)
+    found.setdefault("said", []).append(one.generate("日本の", max_new_tokens=3))
+
+threading.Thread(target=watch, daemon=True).start()
+found = {}
+train(small, "8GB")  # what the libraries take once
+found["answered"] = [
+    peak(lambda: answer(offload_folder=folder, max_memory={"cpu": "40MB"})),
+    peak(answer),
+]
+ways = []
+found["trained"] = [peak(lambda: ways.append(train(model, ram))) for ram in ("1.33GB", "9GB")]
+found["ways"] = ways
+Path("found.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def large(tiny_model: Path, tmp_path: Path) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(
+        tiny_model, hidden_size=384, intermediate_size=1536, num_hidden_layers=20, num_attention_heads=6
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "large", max_shard_size="20MB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, tmp_path / "large")
+    return tmp_path / "large"
+
+
+def test_larger_than_memory(large: Path, tiny_model: Path, in_tmp: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(large), str(tiny_model), str(in_tmp / "offload")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    found = json.loads(Path("found.json").read_text())
+    size = sum(file.stat().st_size for file in large.glob("*.safetensors"))
+    assert found["ways"] == ["single-disk", "single"]
+    assert found["said"][0] == found["said"][1]
+    for what in ("answered", "trained"):
+        on_disk, in_memory = found[what]
+        assert in_memory - on_disk > 0.6 * size, what
