@@ -137,6 +137,20 @@ def test_python_is_the_api(page: str) -> None:
                 assert {name.strip() for name in names.split(",")} <= set(kitaeru.__all__)
 
 
+def test_docker_is_as_the_guide_says() -> None:
+    root = GUIDE.parents[1]
+    compose, dockerfile = ((root / name).read_text(encoding="utf-8") for name in ("compose.yaml", "Dockerfile"))
+    for words in ("ipc: host", "memlock: -1", "stack: 67108864", "stop_signal: SIGINT", "stop_grace_period: 2m"):
+        assert words in compose
+    assert '"doctor", "--quick"' in dockerfile
+    services = set(re.findall(r"^  (\w+):$", compose, re.MULTILINE))
+    for block in blocks("en", "docker"):
+        for service in re.findall(r"^docker compose (?:build|run --rm|up -d) (\w+)", block.body, re.MULTILINE):
+            assert service in services
+        for target in re.findall(r"--target (\w+)", block.body):
+            assert re.search(rf"AS {target}$", dockerfile, re.MULTILINE)
+
+
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
     spec = importlib.util.spec_from_file_location("guide_tables", GUIDE / "tables.py")

@@ -311,6 +311,14 @@ def test_nothing_comes_from_the_network(baseline: tuple[str, str]) -> None:
     assert all(value.startswith(("#", "data:")) for name, value in outline.attributes if name == "href")
 
 
+def test_text_of_others_is_escaped(pair: Hardware) -> None:
+    today = replace(from_model(SMALL, pair), name="<script>alert(1)</script> & *bold*")
+    html, markdown = pages(advise(Facts(today, pair)))
+    assert Outline(html).tags.count("script") == 1
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; *bold*" in html
+    assert r"\<script\>alert(1)\</script\> & \*bold\*" in markdown
+
+
 def test_what_you_say_you_have_is_called_stated(pair: Hardware) -> None:
     today = from_model(SMALL, pair, stated=100.0)
     assert today.rate is not None
