@@ -5,6 +5,7 @@ cards; one of them under every launcher.
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def script(name: str, *, model: Path, data: Path, more: list[str]) -> list[str]:
     return [str(path), "--model", str(model), "--data", str(data), "--output", "run", *flags(more)]
 
 
-@pytest.mark.parametrize(("name", "_", "strategy", "method"), CASES, ids=NAMES)
+# The first one runs below, under every launcher.
+@pytest.mark.parametrize(("name", "_", "strategy", "method"), CASES[1:], ids=NAMES[1:])
 def test_script(
     name: str,
     _: str,
@@ -104,6 +106,14 @@ def test_script(
     assert plan.recipe.lora == recipe.lora
     assert plan.recipe.limits.memory_gb == recipe.limits.memory_gb
     assert bool(plan.recipe.limits.offload_folder) == bool(recipe.limits.offload_folder)
+
+
+def test_the_readmes_lines(chat_data: Path, in_tmp: Path) -> None:
+    text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    Path("my.jsonl").write_text("".join(chat_data.read_text(encoding="utf-8").splitlines(keepends=True)[:8]))
+    exec(compile(lines.replace("effective_batch_size=8", "max_steps=1"), "README.md", "exec"), {})
+    assert len(ended(Path("runs/from-python"))) == 1
 
 
 LAUNCHERS = {
@@ -133,6 +143,8 @@ def test_the_same_script_under_every_launcher(
         assert losses == ended(Path("run-again"))
     events = list(read(Path("run/events.jsonl")))
     assert [e.strategy for e in events if isinstance(e, RunStarted)] == ["ddp"]
+    plan = Plan.load(Path("run/plan.json"))
+    assert (plan.layout.method, plan.layout.devices, plan.recipe.lora.r) == ("lora", 2, 16)
     ranks = [json.loads(path.read_text()) for path in Path("run/logs").glob("rank-*.json")]
     assert sorted(rank["rank"] for rank in ranks) == [0, 1]
     # Once in each process that a launcher starts, and in none that kitaeru does.
