@@ -115,7 +115,7 @@ def test_quick_commands_run(in_tmp: Path, capsys: pytest.CaptureFixture[str]) ->
     for words in dict.fromkeys(tuple(words) for page in PAGES for words in commands(page, quick=True)):
         assert main(list(words)) == 0, (words, capsys.readouterr().err)
         ran += 1
-    assert ran >= 10
+    assert ran >= 8
 
 
 @pytest.mark.parametrize("page", PAGES)
