@@ -112,7 +112,12 @@ def test_the_readmes_lines(chat_data: Path, in_tmp: Path) -> None:
     text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     Path("my.jsonl").write_text("".join(chat_data.read_text(encoding="utf-8").splitlines(keepends=True)[:8]))
-    exec(compile(lines.replace("effective_batch_size=8", "max_steps=1"), "README.md", "exec"), {})
+    exec(
+        compile(
+            lines.replace("effective_batch_size=8", "max_steps=1, recipe={'samples.count': 0}"), "README.md", "exec"
+        ),
+        {},
+    )
     assert len(ended(Path("runs/from-python"))) == 1
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kitaeru.api import ranks
 from kitaeru.api.ranks import SHOWN, Show
+from kitaeru.errors import UsageError
 from kitaeru.i18n import tr
 from kitaeru.recipe.types import Recipe
 from kitaeru.report.live import live_view
@@ -39,6 +40,7 @@ def train(wish: Recipe, *, resume: bool = False, show: Show = SHOWN) -> Path | N
     console = Console(highlight=False)
     place = placed()
     if place is not None:
+        _refuse_a_group()
         result = ranks.join(wish, place, resume=resume, show=show)
         if result is not None and place.rank == 0:
             page(result.folder, console)
@@ -55,6 +57,21 @@ def train(wish: Recipe, *, resume: bool = False, show: Show = SHOWN) -> Path | N
         finally:
             page(prepared.folder, console)
     return prepared.folder
+
+
+def _refuse_a_group() -> None:
+    """A process group is made when it is known what the processes will do together.
+
+    Raises:
+        UsageError: the script has made one already.
+    """
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        raise UsageError(
+            tr("This process is in a process group already."),
+            remedy=tr("Make no Accelerator and call no init_process_group before training: kitaeru makes the group."),
+        )
 
 
 def _here(prepared: Run, view: View, console: Console) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kitaeru.api.configs import LoRAConfig, MultiGPUTrainingConfig, TrainingConfig, Values
 from kitaeru.api.model import JapaneseModel, load_lora_model
@@ -18,6 +18,9 @@ from kitaeru.plan.types import Plan
 from kitaeru.recipe.read import read
 from kitaeru.recipe.types import Recipe
 from kitaeru.report.history import History
+
+if TYPE_CHECKING:
+    from kitaeru.engine.place import Place
 
 __all__ = ["AdvancedMultiGPUTrainer", "FullFinetuningTrainer", "LoRAFinetuningTrainer", "TrainingResult"]
 
@@ -95,6 +98,8 @@ class TrainingResult:
             base = self.plan.layout.base
             options |= {"load_in_4bit": base == "nf4", "load_in_8bit": base == "int8"}
         options.setdefault("revision", section.revision)
+        if not options.get("load_in_8bit"):
+            options.setdefault("offload_folder", self.plan.recipe.limits.offload_folder)
         return load_lora_model(JapaneseModel(section.name, **options), self.adapter_path)
 
 
@@ -165,7 +170,8 @@ class _Trainer:
         again = self._earlier(resume_from_checkpoint)
         if self._main:
             wish = self.recipe(train_texts, eval_texts, output=again)
-            if again is None and (Path(wish.output or "") / "events.jsonl").exists():
+            restarted = self._place is not None and self._place.restarts > 0
+            if again is None and not restarted and (Path(wish.output or "") / "events.jsonl").exists():
                 raise UsageError(
                     tr("{folder} already holds a run.", folder=wish.output),
                     remedy=tr("Go on with it: train(…, resume_from_checkpoint=True), or choose another output_dir."),
@@ -198,11 +204,14 @@ class _Trainer:
         return run_folder(wish) if named is None else Path(named)
 
     @property
-    def _main(self) -> bool:
+    def _place(self) -> Place | None:
         from kitaeru.engine.place import placed
 
-        place = placed()
-        return place is None or place.rank == 0
+        return placed()
+
+    @property
+    def _main(self) -> bool:
+        return self._place is None or self._place.rank == 0
 
     def _empty_recipe(self, train_texts: Texts) -> Recipe:
         """For the processes that only wait for the main one's run folder: nothing of it is used."""

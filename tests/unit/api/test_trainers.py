@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
+from torch import distributed
 from transformers import AutoModelForCausalLM
 
 from kitaeru import (
@@ -151,6 +152,17 @@ def test_the_recipe_has_the_last_word(tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(make: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         make()
+
+
+def test_a_script_that_has_made_its_own_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UsageError, match="process group already"):
+            LoRAFinetuningTrainer("bundled", None, TrainingConfig(output_dir=tmp_path / "run")).train(ROWS)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_method_without_a_config() -> None:
