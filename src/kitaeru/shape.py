@@ -103,6 +103,13 @@ class ModelShape:
         """Width of all key heads (or value heads) together."""
         return self.kv_heads * self.head_dim
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
     @property
     def plain_causal(self) -> bool:
         """Whether every layer is plain causal attention, which kitaeru's packed kernel computes."""
@@ -146,6 +153,10 @@ class ModelShape:
 
     def small_parameters(self) -> int:
         """Norms, biases, routers and attention sinks."""
+        return self._small_parameters
+
+    @cached_property
+    def _small_parameters(self) -> int:
         width = 2 if self.norm_bias else 1
         norms = width * self.hidden * (self.norms_per_layer * self.layers + 1)
         if self.qk_norm == "head":

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware
-from kitaeru.plan.choose import Pricing, choose, survey
+from kitaeru.plan.choose import Pricing, choose
+from kitaeru.plan.layouts import ways
 from kitaeru.plan.problem import state
 from kitaeru.plan.types import Candidate
 from kitaeru.recipe.read import read
@@ -48,15 +49,21 @@ def models(hardware: Hardware, seq_len: int | None = None, entries: Iterable[Ent
 
 def _best(recipe: Recipe, hardware: Hardware, shape: ModelShape) -> Candidate | None:
     """What would be chosen. Ways that are not built yet are looked at only where no other fits."""
-    pricing = Pricing(state(recipe, hardware, shape, None), built_only=True)
+    usable: list[Candidate] = []
+    for method, _ in ways(recipe):  # as `choose` does: the first that fits whole on a device
+        pricing = Pricing(state(recipe.model_copy(update={"method": method}), hardware, shape, None), built_only=True)
+        try:
+            usable += [candidate for candidate in pricing.price() if candidate.fits]
+        except PlanError:
+            continue
+        if any(candidate.layout.strategy in ("single", "ddp") for candidate in usable):
+            break
+    if usable:
+        return pricing.finished([choose(usable)])[0]
+    pricing = Pricing(state(recipe, hardware, shape, None))
     try:
         usable = [candidate for candidate in pricing.price() if candidate.fits]
     except PlanError:
-        usable = []
-    if usable:
-        return pricing.finished([choose(usable)])[0]
-    try:
-        found = survey(recipe, hardware, shape)
-    except PlanError:
         return None
-    return next(candidate for candidate in found.candidates if candidate.fits)
+    fastest = min(usable, key=lambda candidate: candidate.speed.step_seconds if candidate.speed else 0.0, default=None)
+    return None if fastest is None else pricing.finished([fastest])[0]

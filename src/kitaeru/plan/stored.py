@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kitaeru.plan.types import Layout
 from kitaeru.recipe.types import LoraSection, Optimizer
@@ -67,6 +68,7 @@ def saved_whole(shape: ModelShape, lora: LoraSection) -> int:
     return count * shape.vocab * shape.hidden
 
 
+@lru_cache
 def adapter_parameters(shape: ModelShape, lora: LoraSection) -> int:
     """Parameters of the adapter: r x (inputs + outputs) for each adapted layer, DoRA's magnitudes, whole modules.
 
