@@ -56,6 +56,35 @@ def filled(text: str, values: dict[str, str]) -> str:
     return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda m: values.get(m[1] or m[2], ""), text)
 
 
+def staged(text: str) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
+    """The arguments before the first stage, and the instructions of each stage by its name."""
+    first: list[str] = []
+    stages: dict[str, list[tuple[str, str]]] = {}
+    name = ""
+    for instruction, rest in instructions(text):
+        if instruction == "FROM":
+            name = rest.partition(" AS ")[2]
+            stages[name] = []
+        if name:
+            stages[name].append((instruction, rest))
+        else:
+            first.append(rest)
+    return first, stages
+
+
+def needed(stages: dict[str, list[tuple[str, str]]], target: str) -> list[str]:
+    """The stages that `target` is made of, in the order of the file."""
+    if target not in stages:
+        raise SystemExit(f"there is no stage {target}")
+    found, new = set(), {target}
+    while new:
+        found |= new
+        text = " ".join(rest for name in new for _, rest in stages[name])
+        bases = {stages[name][0][1].partition(" AS ")[0] for name in new}
+        new = ({*re.findall(r"from=(\w+)", text), *bases} & set(stages)) - found
+    return [name for name in stages if name in found]
+
+
 class Builder:
     """Carries out instructions; one stage after the other in `work`."""
 
@@ -65,28 +94,22 @@ class Builder:
         self.outer: dict[str, str] = {}
 
     def build(self, text: str, target: str) -> Stage:
-        """All stages up to `target`."""
-        stage: Stage | None = None
-        name = ""
-        for instruction, rest in instructions(text):
-            if instruction == "FROM":
-                if name == target:
-                    break
-                stage, name = self.begin(rest)
-            elif stage is None:
-                self.outer |= self.argument(rest)
-            else:
+        """The stages that `target` is made of, and itself."""
+        first, stages = staged(text)
+        for rest in first:
+            self.outer |= self.argument(rest)
+        for name in needed(stages, target):
+            stage = self.begin(stages[name][0][1], name)
+            for instruction, rest in stages[name][1:]:
                 self.carry_out(stage, instruction, rest)
-        if name != target or stage is None:
-            raise SystemExit(f"there is no stage {target}")
-        return stage
+        return self.stages[target]
 
     def argument(self, rest: str) -> dict[str, str]:
         key, _, default = rest.partition("=")
         return {key: self.given.get(key, default.strip('"'))}
 
-    def begin(self, rest: str) -> tuple[Stage, str]:
-        base, _, name = filled(rest, self.outer).partition(" AS ")
+    def begin(self, rest: str, name: str) -> Stage:
+        base = filled(rest, self.outer).partition(" AS ")[0]
         root = self.work / name
         shutil.rmtree(root, ignore_errors=True)
         say(f"FROM {base} AS {name}")
@@ -103,7 +126,7 @@ class Builder:
         else:
             raise SystemExit(f"no base image {base} here")
         self.stages[name] = stage
-        return stage, name
+        return stage
 
     def carry_out(self, stage: Stage, instruction: str, rest: str) -> None:
         say(" ".join((instruction, *rest.split()))[:160])
@@ -190,7 +213,8 @@ def inside(
     at = shlex.quote(str(stage.root))
     lines = ["set -e", f"mount -t proc proc {at}/proc", f"mount --rbind /sys {at}/sys", f"mount --rbind /dev {at}/dev"]
     lines += [f"mkdir -p {at}/dev/shm", f"mount -t tmpfs -o size={shm} shm {at}/dev/shm"]
-    places = [(path, str(path)) for path in [Path("/etc/resolv.conf"), *(lent or [])]]
+    # Docker, too, gives a container these two.
+    places = [(path, str(path)) for path in [Path("/etc/resolv.conf"), Path("/etc/hosts"), *(lent or [])]]
     for source, target in [*places, *(bound or [])]:
         place = shlex.quote(f"{stage.root}{target}")
         make = f"mkdir -p {place}" if source.is_dir() else f"mkdir -p $(dirname {place}) && touch {place}"

@@ -98,6 +98,12 @@ def test_what_is_copied_is_sent_and_nothing_else(lines: list[tuple[str, str]], p
     assert {name for name in top if prover.sent(name)} == copied
 
 
+def test_only_what_a_target_is_made_of_is_built(prover: ModuleType) -> None:
+    _, stages = prover.staged((ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    assert prover.needed(stages, "cuda") == ["python", "libraries", "wheel", "runtime", "cuda"]
+    assert prover.needed(stages, "wheel") == ["python", "wheel"]
+
+
 def test_commands_are_whole(prover: ModuleType) -> None:
     text = "FROM a AS b\n# a comment\nRUN one \\\n  # in between\n  && two\nENV X=1\n"
     assert list(prover.instructions(text)) == [("FROM", "a AS b"), ("RUN", "one   && two"), ("ENV", "X=1")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -221,9 +222,19 @@ def under_accelerate(bench: Bench) -> Answer:
     (bench.folder / "accelerate-config.yaml").write_text(json.dumps(config), encoding="utf-8")
     words = ["-m", "accelerate.commands.launch", "--config_file", str(bench.folder / "accelerate-config.yaml")]
     words += ["-m", "kitaeru", "train", str(bench.folder / f"{name}.yaml"), "--plain"]
-    done = subprocess.run([sys.executable, *words], check=False)
+    done = subprocess.run(
+        [sys.executable, *words],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    print(done.stdout)
     if done.returncode:
-        return _passed(_reason(bench.folder / name) or tr("it ended with code {code}", code=done.returncode), False)
+        lines = [line for line in done.stdout.splitlines() if re.search(r"\w+(Error|Exception):", line)]
+        said = lines[-1].strip() if lines else tr("it ended with code {code}", code=done.returncode)
+        return _passed(_reason(bench.folder / name) or said, False)
     return _compared(bench, name, device, count)
 
 

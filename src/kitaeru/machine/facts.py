@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -136,6 +137,7 @@ class Facts:
     governor: str = ""
     disk_free: Mapping[str, int] = field(default_factory=dict)
     unwritable: tuple[str, ...] = ()
+    localhost: bool = True
     python: tuple[int, int] = (3, 11)
     versions: Mapping[str, str] = field(default_factory=dict)
     wrong_versions: Mapping[str, str] = field(default_factory=dict)
@@ -197,6 +199,7 @@ def gather(
         governor=read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip(),
         disk_free=disk,
         unwritable=unwritable,
+        localhost=_localhost(root),
         python=sys.version_info[:2],
         versions=versions,
         wrong_versions=wrong,
@@ -288,6 +291,16 @@ def _cores_of_machine(root: Path) -> int:
         for path in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
     }
     return max(1, len(listed))
+
+
+def _localhost(root: Path) -> bool:
+    """Whether the name localhost leads anywhere; elsewhere than here, by that root's /etc/hosts."""
+    if root != Path("/"):
+        return re.search(r"^[^#]*\blocalhost\b", read_text(root / "etc/hosts"), re.MULTILINE) is not None
+    try:
+        return bool(socket.getaddrinfo("localhost", None))
+    except OSError:
+        return False
 
 
 def _folders(folders: Mapping[str, Path]) -> tuple[dict[str, int], tuple[str, ...]]:

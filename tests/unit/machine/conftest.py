@@ -117,6 +117,7 @@ FILES: dict[str, str | bytes] = {
     "proc/mounts": "tmpfs /dev/shm tmpfs rw,nosuid,nodev 0 0\n",
     "proc/self/limits": limits(),
     "proc/self/cgroup": "0::/user.slice\n",
+    "etc/hosts": "127.0.0.1 localhost\n",
     "proc/modules": "nvidia_uvm 1 0 - Live 0x0\nnvidia 1 1 - Live 0x0\n",
     "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 1\n",
     "proc/sys/vm/overcommit_memory": "0\n",

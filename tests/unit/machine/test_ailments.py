@@ -350,6 +350,11 @@ def a_sleepy_cpu(m: Any, d: Any) -> None:
     m.files["sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"] = "powersave\n"
 
 
+@ailment(("no-localhost", "failure"), mend="/etc/hosts")
+def a_chroot_without_names(m: Any, d: Any) -> None:
+    m.files["etc/hosts"] = "# 127.0.0.1 localhost\n"
+
+
 @ailment(("disk-low", "warning"), mend="du -xh")
 def a_full_disk(m: Any, d: Any) -> None:
     m.changes["disk_free"] = {"/data/runs": 6 * 10**9}
@@ -434,7 +439,7 @@ def test_what_cannot_be_looked_at_is_said(machine: Any) -> None:
 
 
 def test_nothing_readable_is_no_error(machine: Any) -> None:
-    machine.files, machine.cards, machine.driver_error = {}, [], "no driver"
+    machine.files, machine.cards, machine.driver_error = {"etc/hosts": "::1 localhost"}, [], "no driver"
     machine.trials = Trials()
     facts = machine.facts()
     assert findings(facts, machine.trials) == []

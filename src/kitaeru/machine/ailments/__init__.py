@@ -54,6 +54,7 @@ AILMENTS: tuple[Check, ...] = (
     host.strict_overcommit,
     host.few_processes,
     host.sleepy_cpu,
+    host.no_localhost,
     host.little_disk,
     host.unwritable_folders,
     host.wrong_libraries,

@@ -164,6 +164,18 @@ def sleepy_cpu(facts: Facts, _: Trials) -> Iterator[Finding]:
         )
 
 
+def no_localhost(facts: Facts, _: Trials) -> Iterator[Finding]:
+    """A container or chroot without /etc/hosts."""
+    if not facts.localhost:
+        yield Finding(
+            "no-localhost",
+            "failure",
+            tr("The name localhost leads nowhere."),
+            tr("The processes of a run on one machine find each other under it."),
+            "echo '127.0.0.1 localhost' | sudo tee -a /etc/hosts",
+        )
+
+
 def little_disk(facts: Facts, _: Trials) -> Iterator[Finding]:
     """No room for a model or a checkpoint."""
     for folder, free in facts.disk_free.items():
