@@ -172,8 +172,10 @@ def test_fsdp_that_keeps_layers_whole_sees_a_restored_checkpoint(crew, family, c
         assert answer["again"] == pytest.approx(wanted["again"], rel=1e-5)
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8"])
-@pytest.mark.parametrize(("strategy", "ranks", "how"), [("pipeline", 2, PIPE), ("model_parallel", 1, SPLIT)])
+@pytest.mark.parametrize(
+    ("base", "strategy", "ranks", "how"),
+    [("nf4", "pipeline", 2, PIPE), ("int8", "pipeline", 2, FINE), ("nf4", "model_parallel", 1, SPLIT)],
+)
 def test_stages_of_a_quantised_base(crew, family, chat_data, tmp_path, base, strategy, ranks, how):
     """Each process quantises its own layers; answers are those of one device, with caches and without."""
     method = "qlora" if base == "nf4" else "lora"

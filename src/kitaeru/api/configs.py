@@ -174,8 +174,9 @@ class MultiGPUTrainingConfig(TrainingConfig):
 
     Args:
         strategy: `auto` (the fastest that fits), `single`, `ddp` (each device has the whole model), `fsdp` (weights in
-            pieces on all devices), `model_parallel` (layers split over the devices, one micro-batch at a time),
-            `pipeline` (layers split, several micro-batches on the way), `tensor_parallel`, `zero1`, `zero2`, `zero3`.
+            pieces on all devices), `model_parallel` (layers split over the devices of one process), `pipeline` (layers
+            split, a process for each device; both have several micro-batches on the way), `tensor_parallel`, `zero1`,
+            `zero2`, `zero3`.
             What this version cannot do is refused with the reason the recipe gives.
         max_memory_per_gpu: what may be used of each device, by index: `{0: "22GB", 1: "22GB"}`. As many devices are
             used as it names. "GB" are 10**9 bytes, "GiB" 2**30, a plain number bytes.
