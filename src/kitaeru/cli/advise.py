@@ -19,6 +19,7 @@ from kitaeru.hardware import Hardware
 from kitaeru.i18n import N_, tr
 from kitaeru.recipe.read import read
 from kitaeru.report.advice import Advice, Facts, Figure, Today, advise, from_model, from_recipe, from_run, pages, ran_in
+from kitaeru.report.advice.assemble import WORTH
 from kitaeru.report.prose import Prose
 from kitaeru.report.wording import bytes_text, count_text, round_two
 from kitaeru.shape import find_shape
@@ -164,7 +165,8 @@ def _summary(advice: Advice, page: Path) -> None:
     if not advice.findings:
         out.print(Prose(tr("None of the rules found anything: today's way is the one the planner would take.")))
     promise = advice.facts.promise(best) if best else None
-    if advice.findings and best is not None and promise is not None and today.rate is not None:
+    gains = promise is not None and today.rate is not None and promise.value > WORTH * today.rate.value
+    if gains and best is not None and promise is not None and today.rate is not None:
         out.print()
         line = tr(
             "{before} → {after} tokens/s ({times:.2f} times) with {name}, {size}",

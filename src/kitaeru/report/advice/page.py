@@ -28,6 +28,8 @@ BILLION = 10**9
 # Classes of model sizes, in parameters: those of the report that asked for this page.
 CLASSES = ((0, 1), (1, 7), (7, 13), (13, 30), (30, 1000))
 BARS = 9
+# More devices than this share a bar where they are alike.
+BARS_APART = 4
 # Families of strategies in the order their days are drawn.
 FAMILIES = ("single", "model_parallel", "pipeline", "tensor", "fsdp", "zero", "ddp")
 
@@ -205,13 +207,17 @@ def _memory_plot(advice: Advice, now: Candidate, best: Candidate) -> Drawing:
     count = max(1, len(facts.hardware.devices))
     for title, candidate, machine in ((tr("today"), now, facts.today.hardware), (tr("possible"), best, facts.hardware)):
         problem = state(facts.recipe, machine, facts.today.shape, facts.today.data)
+        held: list[tuple[dict[str, int], int]] = []
         for rank in range(max(count, len(candidate.devices))):
-            items = candidate.devices[rank] if rank < len(candidate.devices) else {}
             device = problem.device_of(min(rank, len(machine.devices) - 1)) if machine.devices else None
-            size = device.memory_bytes if device else free_bytes(problem)
+            items = candidate.devices[rank] if rank < len(candidate.devices) else {}
+            held.append((items, device.memory_bytes if device else free_bytes(problem)))
+        for first, last in _alike(held):
+            items, size = held[first]
             used = sum(items.values())
             value = f"{bytes_text(used)} / {bytes_text(size)}"
-            name = f"{title} · GPU {rank}" if device else f"{title} · {tr('RAM')}"
+            name = f"GPU {first}" + (f"–{last}" if last > first else "") if machine.devices else tr("RAM")
+            name = f"{title} · {name}"
             drawn.append((name, items, needed_bytes(candidate.layout, used) if items else 0, size, value))
             rows.append([Cell(name), *(Cell(bytes_text(part)) for part in groups(items).values()), Cell(value)])
     scale = max(size for _, _, _, size, _ in drawn)
@@ -220,6 +226,15 @@ def _memory_plot(advice: Advice, now: Candidate, best: Candidate) -> Drawing:
     table = Table((tr("device"), *names, tr("peak")), rows, numbers=range(1, 6), basis=planner_basis(facts.hardware))
     note = tr("Peak of what is allocated, by item; the margin is kept free for fragments and the driver.")
     return Drawing(tr("Memory of each device at its peak"), lanes(bars, GROUP_NAMES), table, note)
+
+
+def _alike(held: Sequence[tuple[dict[str, int], int]]) -> Iterator[tuple[int, int]]:
+    """Runs of devices, first and last: each alone, but of more than a few equal ones share a bar."""
+    first = 0
+    for rank in range(1, len(held) + 1):
+        if rank == len(held) or len(held) <= BARS_APART or held[rank] != held[first]:
+            yield first, rank - 1
+            first = rank
 
 
 # --- ways -------------------------------------------------------------------------------------------------------------

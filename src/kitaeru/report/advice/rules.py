@@ -131,7 +131,8 @@ def _recomputes_without_need(f: Facts) -> Finding | None:
 
 def _no_accumulation(f: Facts) -> Finding | None:
     now, train = f.today.now, f.today.recipe.train
-    if now is None or now.speed is None or (f.today.data is not None and f.today.kind != "baseline"):
+    # A small data set has a small batch on purpose, and a CPU too.
+    if now is None or not f.today.on_gpus or (f.today.data is not None and f.today.kind != "baseline"):
         return None
     wanted = train.global_batch_tokens is not None or train.global_batch_examples is not None
     if not wanted or now.global_batch_tokens >= GLOBAL_BATCH_TOKENS:
