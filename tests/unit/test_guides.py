@@ -106,6 +106,12 @@ def test_commands_and_their_options_exist(page: str, capsys: pytest.CaptureFixtu
             )
 
 
+def test_every_verb_is_in_a_guide() -> None:
+    shown = {words[0] for page in PAGES for words in commands(page) if words}
+    # `make quickstart`, and the container's entry point, leave the program's name out.
+    assert {verb.name for verb in VERBS} - shown <= {"quickstart"}
+
+
 def test_quick_commands_run(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks("en", "first"):
         for name, body in re.findall(r"cat > (\S+) <<'EOF'\n(.*?)EOF\n", block.body, re.DOTALL):
