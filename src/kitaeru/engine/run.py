@@ -27,7 +27,6 @@ from kitaeru.engine import checkpoint, ladder
 from kitaeru.engine.build import Trainee, build
 from kitaeru.engine.loop import Loop
 from kitaeru.engine.observe import looking, mfu_of_rate, observed
-from kitaeru.engine.observe import looking, mfu_of_rate, observed
 from kitaeru.engine.preflight import preflight
 from kitaeru.engine.result import write_result
 from kitaeru.engine.samples import Question, questions
@@ -215,7 +214,6 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None, w
     started = time.perf_counter()
 
     @observed(main=world.main)
-    @observed(main=world.main)
     def emit(event: Event) -> None:
         try:
             if log is not None:
@@ -267,8 +265,7 @@ def _trained(run: Run, emit: Listener, phase: Phase | None, world: World, starte
     if loop.progress.step == 0:
         _ask(trainee, asked, 0)
     with looking(trainee, loop):
-        with looking(trainee, loop):
-            outcome = loop()
+        outcome = loop()
     step = loop.progress.step
     if outcome == "interrupted":
         emit(RunFinished(outcome=outcome, step=step, seconds=time.perf_counter() - started))
@@ -325,7 +322,6 @@ def _ready(run: Run, emit: Listener, phase: Phase | None, world: World) -> tuple
             environment=environment(),
             trainable_parameters=sum(p.numel() for p in trainee.model.parameters() if p.requires_grad),
             total_parameters=_parameters(trainee),
-            mfu_of_rate=mfu_of_rate(run.plan),
             mfu_of_rate=mfu_of_rate(run.plan),
         )
     )
