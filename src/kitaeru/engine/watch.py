@@ -50,7 +50,7 @@ class Stopwatch:
         assert isinstance(a, torch.cuda.Event)
         assert isinstance(b, torch.cuda.Event)
         b.synchronize()
-        return a.elapsed_time(b) / 1000
+        return float(a.elapsed_time(b)) / 1000
 
     @contextmanager
     def data(self) -> Iterator[None]:

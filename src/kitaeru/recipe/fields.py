@@ -145,6 +145,12 @@ def _bounds(info: FieldInfo) -> Iterator[tuple[str, float]]:
 
 # Where the value made up from the type would not help.
 _EXAMPLES = {
+    "track.prometheus_port": "prometheus_port: 9400",
+    "track.prometheus_address": "prometheus_address: 0.0.0.0",
+    "track.device_seconds": "device_seconds: 1",
+    "track.power_price": "power_price: 31",
+    "track.currency": "currency: EUR",
+    "track.machine_watts": "machine_watts: 120",
     "model": "model: bundled",
     "model.name": "{name: elyza/Llama-3-ELYZA-JP-8B}",
     "data": "data: {train: my.jsonl}",

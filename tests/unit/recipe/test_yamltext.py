@@ -48,7 +48,7 @@ def values(spec: FieldSpec) -> st.SearchStrategy[Any]:
     signs = {sign for sign, _ in spec.bounds}
     kinds: dict[str, st.SearchStrategy[Any]] = {
         "text": TEXTS,
-        "whole": st.integers(int(low or 0), 10**12),
+        "whole": st.integers(int(low or 0), int(high) if high is not None else 10**12),
         "flag": st.booleans(),
         "choice": st.sampled_from(spec.choices or ("",)),
         "list": st.lists(TEXTS, min_size=1, max_size=3),
