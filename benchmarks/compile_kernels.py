@@ -13,6 +13,7 @@ import csv
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,20 +87,20 @@ def sources(eight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, An
              "absmax_offset": "fp32", "scale": single, "out": kind, "out_stride": "i32", "outputs": "i32",
              "inputs": "i32", "done": "i32"},
             {"KIND": 2, "NESTED": True, "SCALED": True, "INT8": int8, "TRANSPOSED": turned,
-             "ROWS": 64 if turned else 32, "COLUMNS": 128 if turned else 256}, {"num_warps": 4},
+             "ROWS": 128 if turned else 64}, {"num_warps": 4},
         )  # fmt: skip
     if eight == "fp8":
         yield (
             "extend", frozen._extend,
             {"values": short, "scale": single, "out": kind, "row_stride": "i32", "rank_stride": "i32",
              "out_stride": "i32", "rows": "i32", "width": "i32", "rank": "i32", "extra": "i32"},
-            {"SCALED": True, "LOW": 2, "ROWS": 32, "EXTRA": 256}, {"num_warps": 4},
+            {"SCALED": True, "FP8": True, "WEIGHT": True, "ROWS": 32, "EXTRA": 128}, {"num_warps": 4},
         )  # fmt: skip
     yield (
         "project", adapter._project,
         {"x": kind, "scale": single, "p": short, "out": short, "x_stride": "i32", "tokens": "i32", "width": "i32",
          "rank": "i32"},
-        {"SCALED": True, "ROWS": 32, "COLUMNS": 128, "RANK": 64}, {"num_warps": 4, "num_stages": 4},
+        {"SCALED": True, "ROWS": 64, "COLUMNS": 128, "RANK": 64}, {"num_warps": 4, "num_stages": 3},
     )  # fmt: skip
     yield (
         "outer", adapter._outer,
@@ -146,8 +147,6 @@ def resources(result: Any) -> tuple[int, int]:
 
 
 def main() -> None:
-    import time
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sm", type=int, nargs="+", default=[86, 90])
     parser.add_argument("--out", type=Path, required=True)
@@ -160,16 +159,9 @@ def main() -> None:
                 result = compiled(sm, kernel, types, constants, options)
                 registers, spilled = resources(result)
                 instructions = sorted(set(re.findall(r"(?:mma\.sync|wgmma\.mma_async)[\w.:]*", result.asm["ptx"])))
-                found.append(
-                    dict(
-                        zip(
-                            FIELDS,
-                            (name, eight, sm, registers, spilled, result.metadata.shared, " ".join(instructions),
-                             round(time.perf_counter() - started, 1)),
-                            strict=True,
-                        )
-                    )  # fmt: skip
-                )
+                seconds = round(time.perf_counter() - started, 1)
+                said = (name, eight, sm, registers, spilled, result.metadata.shared, " ".join(instructions), seconds)
+                found.append(dict(zip(FIELDS, said, strict=True)))
                 print(found[-1], flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w", newline="") as file:

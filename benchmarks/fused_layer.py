@@ -68,7 +68,9 @@ def build(shape: str, device: str) -> tuple[Any, Any]:
     return model, adapted
 
 
-def passes(model: Any, tokens: int, seq: int, device: str) -> tuple[Callable[[], Tensor], Callable[[Tensor], None], Tensor]:
+def passes(
+    model: Any, tokens: int, seq: int, device: str
+) -> tuple[Callable[[], Tensor], Callable[[Tensor], None], Tensor]:
     count = max(1, tokens // seq)
     length = min(seq, tokens)
     starts = torch.arange(count + 1, device=device, dtype=torch.int32) * length
@@ -115,7 +117,9 @@ def timed(forward: Callable[[], Tensor], backward: Callable[[Tensor], None], dev
     return statistics.median(ahead[3:]) / LAYERS, statistics.median(back[3:]) / LAYERS
 
 
-def gradients(adapted: Any, hidden: Tensor, forward: Callable[[], Tensor], backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+def gradients(
+    adapted: Any, hidden: Tensor, forward: Callable[[], Tensor], backward: Callable[[Tensor], None]
+) -> dict[str, Tensor]:
     hidden.grad = None
     adapted.zero_grad()
     x = forward()
@@ -151,7 +155,9 @@ def attention_times(shape: str, tokens: int, seq: int) -> None:
         return out.transpose(1, 2).reshape(q.shape)
 
     ways = {
-        "flash": lambda *t: aten._flash_attention_forward(*t, starts, starts, seq, seq, 0.0, True, False, scale=scale)[0],
+        "flash": lambda *t: aten._flash_attention_forward(
+            *t, starts, starts, seq, seq, 0.0, True, False, scale=scale
+        )[0],
         "cudnn dense": dense,
         "cudnn dense, contiguous": lambda *t: dense(*(x.contiguous() for x in t)),
         "cudnn sdpa, contiguous": lambda *t: sdpa(*(x.contiguous() for x in t)),
@@ -171,8 +177,14 @@ def attention_times(shape: str, tokens: int, seq: int) -> None:
                 c.record()
                 torch.cuda.synchronize()
             first = first or seen
-            errors = [f"{float((x.float() - y.float()).norm() / y.float().norm()):.1e}" for x, y in zip(seen, first, strict=True)]
-            print(f"attention {name}: {a.elapsed_time(b):.3f} + {b.elapsed_time(c):.3f} ms, apart {errors}", [g.stride() for g in seen])
+            errors = [
+                f"{float((x.float() - y.float()).norm() / y.float().norm()):.1e}"
+                for x, y in zip(seen, first, strict=True)
+            ]
+            print(
+                f"attention {name}: {a.elapsed_time(b):.3f} + {b.elapsed_time(c):.3f} ms, apart {errors}",
+                [g.stride() for g in seen],
+            )
         except Exception as error:
             print(f"attention {name}: {type(error).__name__}: {str(error)[:300]}")
 

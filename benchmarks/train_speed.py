@@ -34,6 +34,11 @@ SHAPES = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": False,
     },
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
     "llama-3.2-3b": {
         "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
         "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "tie_word_embeddings": True,
@@ -45,6 +50,7 @@ POINTS: dict[str, tuple[str, str, float | None, tuple[str, ...]]] = {
     "qlora-8b-24gb": ("llama-3-8b", "qlora", 24, ()),
     "lora-8b": ("llama-3-8b", "lora", None, ()),
     "qlora-8b": ("llama-3-8b", "qlora", None, ()),
+    "full-1b": ("llama-3.2-1b", "full", None, ()),
     "full-3b": ("llama-3.2-3b", "full", None, ()),
     "lora-8b-24gb": ("llama-3-8b", "lora", 24, ()),
     "cpu-lora": ("bundled", "lora", None, ()),
@@ -64,7 +70,7 @@ def make_model(shape: str, folder: Path) -> None:
     if (folder / "config.json").exists():
         return
     config = AutoConfig.for_model(
-        "llama", max_position_embeddings=8192, head_dim=128, dtype="bfloat16", **SHAPES[shape]
+        "llama", **{"max_position_embeddings": 8192, "head_dim": 128, "dtype": "bfloat16", **SHAPES[shape]}
     )
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -74,6 +80,23 @@ def make_model(shape: str, folder: Path) -> None:
         shutil.copy(file, folder)
     del model
     torch.cuda.empty_cache()
+
+
+def until_last_step(command: list[str], path: Path, steps: int) -> list[events.Event]:
+    """The events of a run that is ended after its last step: saving gigabytes of random weights says nothing."""
+    process = subprocess.Popen(command)
+    try:
+        while process.poll() is None:
+            time.sleep(0.5)
+            seen = list(events.read(path)) if path.exists() else []
+            if any(isinstance(e, events.Step) and e.step == steps for e in seen):
+                return seen
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return list(events.read(path))
 
 
 def measure(point: str, work: Path, data: Path, steps: int) -> dict[str, object]:
@@ -91,14 +114,14 @@ def measure(point: str, work: Path, data: Path, steps: int) -> dict[str, object]
         f"train.global_batch_tokens={4096 if on_cpu else 16384}",
         "samples.count=0",
         "track.tensorboard=false",
+        "train.save_every=1000",
         *([f"limits.memory_gb={cap * 2**30 / 1e9}"] if cap else []),
         *extra,
     ]
     command = [sys.executable, "-m", "kitaeru", "train", model, "--data", str(data), "--method", method, "--plain"]
     command += ["--output", str(run), *(word for setting in settings for word in ("--set", setting))]
     started = time.time()
-    subprocess.run(command, check=True)
-    seen = list(events.read(run / "events.jsonl"))
+    seen = until_last_step(command, run / "events.jsonl", steps)
     taken = [e for e in seen if isinstance(e, events.Step)][3:]
     begun = next(e for e in seen if isinstance(e, events.RunStarted))
     plan = Plan.load(run / "plan.json")

@@ -21,8 +21,10 @@ from kitaeru.data.types import MicroBatch
 from kitaeru.engine.optim import build_optimizer
 from kitaeru.errors import TrainingError
 from kitaeru.events import Listener, Notice
+from kitaeru.hardware import Hardware
 from kitaeru.i18n import N_, tr
 from kitaeru.model import attention
+from kitaeru.model import fused as fusing
 from kitaeru.model.adapt import add_adapter
 from kitaeru.model.head import LossSum, distance, forward_arguments, recognise_head
 from kitaeru.model.layers import Draws
@@ -60,6 +62,7 @@ class Trainee:
     scaler: torch.amp.GradScaler = field(init=False)
     draws: Draws = field(default_factory=Draws)
     frozen_hash: int = 0
+    fused: bool = False
     stored_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -94,7 +97,7 @@ def build(
     world: World | None = None,
 ) -> Trainee:
     """A model on its device, adapted, checked, with its loss and optimizer, as the plan says."""
-    trainee = Trainee(plan, tokenizer, emit, training_device(plan.layout.device), world or World())
+    trainee = Trainee(plan, tokenizer, emit, training_device(plan), world or World())
     for step, title in PASSES:
         if progress is not None:
             progress(tr(title))
@@ -102,9 +105,16 @@ def build(
     return trainee
 
 
-def training_device(kind: str) -> torch.device:
-    """The device of that kind this process trains on; a GPU by its index, which some of torch's calls insist on."""
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+def training_device(plan: Plan) -> torch.device:
+    """The device this process trains on; a GPU by its index, which some of torch's calls insist on. A run on one GPU
+    goes to the roomiest of the planned machine.
+    """
+    if plan.layout.device == "cpu":
+        return torch.device("cpu")
+    roomiest = Hardware.from_dict(plan.hardware).roomiest if plan.hardware else None
+    if plan.layout.devices == 1 and roomiest is not None and roomiest.index < torch.cuda.device_count():
+        torch.cuda.set_device(roomiest.index)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def load(trainee: Trainee) -> None:
@@ -202,8 +212,35 @@ def seed_layers(trainee: Trainee) -> None:
         trainee.draws.attach(trainee.causal_lm)
 
 
+def fuse_layers(trainee: Trainee) -> None:
+    """Make every layer one operation, where the plan says so and they turn out to be what kitaeru thinks."""
+    layout = trainee.plan.layout
+    if layout.arithmetic == "plain":
+        return
+    model = trainee.causal_lm
+    batch = _probe(trainee, (64, 64))
+    trainee.model.eval()
+    with trainee.autocast():
+        done = fusing.fuse(
+            model,
+            layout.arithmetic,
+            keep8=layout.activations == "keep8",
+            recompute=layout.activations == "recompute",
+            probe=lambda: getattr(model, model.base_model_prefix)(**forward_arguments(batch)),
+        )
+    trainee.fused = done.why_not is None
+    wide = done.layers.get("16bit", 0)
+    if done.why_not is not None:
+        why = tr("The layers run by the model's own code, slower than planned: {why}.", why=done.why_not)
+        trainee.say(why, "warning")
+    elif layout.arithmetic != "16bit" and wide:
+        trainee.say(tr("{count} layers lose too much in 8 bits and are computed in 16.", count=wide), "warning")
+
+
 def checkpoint_activations(trainee: Trainee) -> None:
-    """Recompute activations where the plan says so."""
+    """Recompute activations where the plan says so; a fused layer does so itself."""
+    if trainee.fused:
+        return
     if trainee.plan.layout.activations == "recompute" and trainee.plan.layout.variant != DISK:  # which does so itself
         trainee.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -261,6 +298,7 @@ PASSES: tuple[tuple[Callable[[Trainee], None], str], ...] = (
     (share_out, N_("Sharing the model out")),
     (seed_layers, N_("Setting up random numbers")),
     (check_packing, N_("Checking that packed examples do not see each other")),
+    (fuse_layers, N_("Fusing layers")),
     (checkpoint_activations, N_("Setting up recomputation")),
     (attach_neftune, N_("Setting up noise")),
     (choose_loss, N_("Checking the output head")),

@@ -31,11 +31,11 @@ def project(x: Rows, p: Tensor) -> Tensor:
         return project_reference(x, p)
     tokens, rank = len(x.data), len(p)
     out = torch.empty((tokens, rank), dtype=p.dtype, device=p.device)
-    block = 32 if tokens >= 4096 else 16
+    block = 64 if tokens >= 4096 else 16
     _project[(triton.cdiv(tokens, block),)](
         x.data, x.scale, p, out, x.data.stride(0), tokens, x.width, rank,
         SCALED=x.scale is not None, ROWS=block, COLUMNS=128, RANK=triton.next_power_of_2(max(rank, 16)),
-        num_warps=4, num_stages=4,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     if x.data.shape[1] > x.width:
         write_adapter(out, x.scale, x.data, x.width, weight=False)

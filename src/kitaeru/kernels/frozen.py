@@ -18,9 +18,6 @@ from torch import Tensor
 from kitaeru.kernels.rows import FP8_MOST, TINY, top
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
 
-if triton is not None:
-    from kitaeru.kernels.rows import store_rounded
-
 NF4_BLOCK = 64
 ABSMAX_BLOCK = 256
 
@@ -55,7 +52,8 @@ class Stored:
         numbers = torch.stack([packed >> 4, packed & 15], 1).reshape(-1, NF4_BLOCK)
         absmax = self.absmax.reshape(-1)
         if absmax.dtype == torch.uint8:
-            assert self.absmax_code is not None and self.absmax_scale is not None
+            assert self.absmax_code is not None
+            assert self.absmax_scale is not None
             by = self.absmax_scale.repeat_interleave(ABSMAX_BLOCK)[: len(absmax)]
             absmax = self.absmax_code[absmax.long()] * by + self.absmax_offset
         return (self.code[numbers.long()] * absmax[:, None]).reshape(self.shape)
@@ -107,8 +105,8 @@ def expand_reference(
 
 
 def adapter_columns(values: Tensor, extra: int, dtype: torch.dtype, *, weight: bool) -> Tensor:
-    """[rows, R] as the E further columns: themselves in 16 bits; in FP8 high, low, high on the weight's side and high,
-    high, low on the other.
+    """[rows, R] as the E further columns: themselves in 16 bits; in FP8 high and low part on the weight's side, the
+    high part twice on the other.
     """
     columns = torch.zeros((len(values), extra), dtype=dtype, device=values.device)
     rank = values.shape[1]
@@ -117,8 +115,7 @@ def adapter_columns(values: Tensor, extra: int, dtype: torch.dtype, *, weight: b
         return columns
     wide = values.float().clamp(-FP8_MOST, FP8_MOST)
     high = ((wide.view(torch.int32) + 0x80000) & -0x100000).view(torch.float32)  # rounded to e4m3's 4 significant bits
-    parts = [high, wide - high, high] if weight else [high, high, wide - high]
-    columns[:, : 3 * rank] = torch.cat(parts, 1)
+    columns[:, : 2 * rank] = torch.cat([high, wide - high if weight else high], 1)
     return columns
 
 
@@ -132,7 +129,7 @@ def write_adapter(values: Tensor, scale: Tensor | None, out: Tensor, width: int,
     rows, rank = values.shape
     _extend[(triton.cdiv(rows, 32),)](
         values, scale, out, values.stride(0), values.stride(1), out.stride(0), rows, width, rank, extra,
-        SCALED=scale is not None, LOW=(1 if weight else 2) if out.dtype == torch.float8_e4m3fn else -1, ROWS=32,
+        SCALED=scale is not None, FP8=out.dtype == torch.float8_e4m3fn, WEIGHT=weight, ROWS=32,
         EXTRA=triton.next_power_of_2(extra), num_warps=4,
     )  # fmt: skip
 
@@ -165,13 +162,12 @@ def expand(
 def _expand_one(weight: Stored, scale: Tensor | None, out: Tensor, done: int, transposed: bool) -> None:
     outputs, inputs = weight.shape
     nested = weight.absmax is not None and weight.absmax.dtype == torch.uint8
-    rows, columns = (64, 128) if transposed else (32, 256)
-    grid = (triton.cdiv(outputs, rows), triton.cdiv(inputs, columns))
-    _expand[grid](
+    rows = 128 if transposed else 64
+    _expand[(triton.cdiv(outputs, rows), inputs // NF4_BLOCK)](
         weight.data, weight.absmax, weight.code, weight.absmax_code, weight.absmax_scale, weight.absmax_offset,
         scale, out, out.stride(0), outputs, inputs, done,
         KIND={"16bit": 0, "int8": 1, "nf4": 2}[weight.kind], NESTED=nested, SCALED=scale is not None,
-        INT8=out.dtype == torch.int8, TRANSPOSED=transposed, ROWS=rows, COLUMNS=columns, num_warps=4,
+        INT8=out.dtype == torch.int8, TRANSPOSED=transposed, ROWS=rows, num_warps=4,
     )  # fmt: skip
 
 
@@ -181,62 +177,70 @@ if triton is not None:
     def _expand(  # type: ignore[no-untyped-def]
         data, absmax, code, absmax_code, absmax_scale, absmax_offset, scale, out, out_stride, outputs, inputs, done,
         KIND: tl.constexpr, NESTED: tl.constexpr, SCALED: tl.constexpr, INT8: tl.constexpr,
-        TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
+        # A tile of rows and one block of 64 columns: one absmax a row.
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        inside = row < outputs
+        first = tl.program_id(1) * 64
+        column = first + tl.arange(0, 64)
+        by = tl.full([ROWS], 1.0, tl.float32)
         if KIND == 2:
-            pair = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-            inside = (row[:, None] < outputs) & (pair[None, :] * 2 < inputs)
-            flat = row[:, None] * inputs + pair[None, :] * 2
-            packed = tl.load(data + flat // 2, mask=inside, other=0).to(tl.int32)
-            block: tl.constexpr = 64
-            group = tl.program_id(1) * (COLUMNS // block) + tl.arange(0, COLUMNS // block)
-            which = row[:, None] * (inputs // block) + group[None, :]
-            there = (row[:, None] < outputs) & (group[None, :] * block < inputs)
+            which = row * (inputs // 64) + tl.program_id(1)
             if NESTED:
-                number = tl.load(absmax + which, mask=there, other=0).to(tl.int32)
-                by = tl.load(absmax_code + number) * tl.load(absmax_scale + which // 256, mask=there, other=0)
+                number = tl.load(absmax + which, mask=inside, other=0).to(tl.int32)
+                by = tl.load(absmax_code + number) * tl.load(absmax_scale + which // 256, mask=inside, other=0.0)
                 by += absmax_offset
             else:
-                by = tl.load(absmax + which, mask=there, other=0)
-            high = tl.load(code + (packed >> 4))
-            low = tl.load(code + (packed & 15))
-            values = tl.reshape(tl.join(high, low), (ROWS, COLUMNS // block, block))
-            values = tl.reshape(values * by[:, :, None], (ROWS, COLUMNS))
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        mask = (row[:, None] < outputs) & (column[None, :] < inputs)
-        if KIND != 2:
-            values = tl.load(data + row[:, None] * inputs + column[None, :], mask=mask, other=0).to(tl.float32)
+                by = tl.load(absmax + which, mask=inside, other=0.0)
         if KIND == 1:
-            values *= tl.load(absmax + row, mask=row < outputs, other=0)[:, None] * (1.0 / 127.0)
-        if TRANSPOSED:
-            if SCALED:
-                values *= (1.0 / tl.load(scale + column, mask=column < inputs, other=1))[None, :]
-            turned = tl.trans(values)
-            pointer = out + column[:, None].to(tl.int64) * out_stride + done + row[None, :]
-            store_rounded(pointer, turned, (column[:, None] < inputs) & (row[None, :] < outputs), INT8)
+            by = tl.load(absmax + row, mask=inside, other=0.0) * (1.0 / 127.0)
+        if SCALED and not TRANSPOSED:
+            by *= 1.0 / tl.load(scale + done + row, mask=inside, other=1.0)
+        if KIND == 2:
+            pair = tl.arange(0, 32)
+            at = row[:, None] * (inputs // 2) + tl.program_id(1) * 32 + pair[None, :]
+            packed = tl.load(data + at, mask=inside[:, None], other=0).to(tl.int32)
+            high = tl.load(code + (packed >> 4)) * by[:, None]
+            low = tl.load(code + (packed & 15)) * by[:, None]
+            if SCALED and TRANSPOSED:
+                high *= (1.0 / tl.load(scale + first + 2 * pair))[None, :]
+                low *= (1.0 / tl.load(scale + first + 2 * pair + 1))[None, :]
+            values = tl.reshape(tl.join(high, low), (ROWS, 64))
         else:
-            if SCALED:
-                values *= (1.0 / tl.load(scale + done + row, mask=row < outputs, other=1))[:, None]
-            store_rounded(out + (done + row[:, None]) * out_stride + column[None, :], values, mask, INT8)
+            at = row[:, None] * inputs + column[None, :]
+            values = tl.load(data + at, mask=inside[:, None], other=0).to(tl.float32) * by[:, None]
+            if SCALED and TRANSPOSED:
+                values *= (1.0 / tl.load(scale + column))[None, :]
+        if INT8:
+            values = (values + 12582912.0) - 12582912.0
+        short = values.to(out.dtype.element_ty)
+        if TRANSPOSED:
+            pointer = out + column[:, None].to(tl.int64) * out_stride + done + row[None, :]
+            tl.store(pointer, tl.trans(short), mask=inside[None, :])
+        else:
+            tl.store(out + (done + row[:, None]) * out_stride + column[None, :], short, mask=inside[:, None])
 
     @triton.jit
     def _extend(  # type: ignore[no-untyped-def]
         values, scale, out, row_stride, rank_stride, out_stride, rows, width, rank, extra,
-        SCALED: tl.constexpr, LOW: tl.constexpr, ROWS: tl.constexpr, EXTRA: tl.constexpr,
+        SCALED: tl.constexpr, FP8: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, EXTRA: tl.constexpr,
     ):  # fmt: skip
         # The high part is taken by its bits: a round trip through fp8 registers has given wrong numbers (ptxas 12.8).
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         at = tl.arange(0, EXTRA)[None, :]
-        parts: tl.constexpr = 1 if LOW < 0 else 3
+        parts: tl.constexpr = 2 if FP8 else 1
         inside = (row < rows) & (at < parts * rank)
         result = tl.load(values + row * row_stride + (at % rank) * rank_stride, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             result *= 1.0 / tl.load(scale + row, mask=row < rows, other=1.0)
-        if LOW >= 0:
+        if FP8:
             result = tl.minimum(tl.maximum(result, -448.0), 448.0)
             bits = (result.to(tl.int32, bitcast=True) + 0x80000) & -0x100000
             high = bits.to(tl.float32, bitcast=True)
-            result = tl.where(at // rank == LOW, result - high, high)
+            if WEIGHT:
+                result = tl.where(at >= rank, result - high, high)
+            else:
+                result = high
         mask = (row < rows) & (at < extra)
         tl.store(out + row * out_stride + width + at, result.to(out.dtype.element_ty), mask=mask)

@@ -38,7 +38,7 @@ def gated_reference(
     """The definition: the product as Rows, and gate and up as they are kept."""
     gate, up = both.chunk(2, 1)
     product = _act(gate.float(), activation) * up.float()
-    rows = put_rows(product, empty_rows(*product.shape, extra, dtype, both))
+    rows = put_rows(product, empty_rows(len(product), product.shape[1], extra, dtype, both))
     return rows, _keep(both, keep)
 
 
@@ -69,8 +69,8 @@ def gated_backward_reference(
     gradient = torch.cat([above * up * slope, above * active.detach()], 1)
     product = active.detach() * up
     return (
-        put_rows(gradient, empty_rows(*gradient.shape, extra, dtype, upstream)),
-        put_rows(product, empty_rows(*product.shape, 0, dtype, upstream)),
+        put_rows(gradient, empty_rows(len(gradient), gradient.shape[1], extra, dtype, upstream)),
+        put_rows(product, empty_rows(len(product), product.shape[1], 0, dtype, upstream)),
     )
 
 

@@ -24,7 +24,7 @@ def norm_reference(
     wide = total.float()
     rstd = torch.rsqrt(wide.square().mean(1) + eps)
     y = wide * rstd[:, None] * weight.float()
-    return total, put_rows(y, empty_rows(*x.shape, extra, dtype, x)), rstd
+    return total, put_rows(y, empty_rows(len(x), x.shape[1], extra, dtype, x)), rstd
 
 
 def norm(
@@ -57,7 +57,7 @@ def norm_backward_reference(
     inner = (values * dy.float()).mean(1, keepdim=True)
     dx = along.float() + rstd[:, None] * (scale * dy.float() - n * inner)
     result = dx.to(along.dtype)
-    return result, None if dtype is None else put_rows(dx, empty_rows(*dy.shape, extra, dtype, dy))
+    return result, None if dtype is None else put_rows(dx, empty_rows(len(dy), dy.shape[1], extra, dtype, dy))
 
 
 def norm_backward(

@@ -11,7 +11,6 @@ triton: Any = None
 tl: Any = None
 if importlib.util.find_spec("triton") is not None:
     import triton as triton  # type: ignore[no-redef]
-    import triton.language as tl  # type: ignore[no-redef]
 
 
 def use_triton(tensor: Tensor) -> bool:

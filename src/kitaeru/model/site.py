@@ -20,7 +20,6 @@ from kitaeru.kernels.frozen import NF4_BLOCK, Scales, Stored, expand, scales_of
 from kitaeru.kernels.product import product
 from kitaeru.kernels.rows import Arithmetic, Rows, extra_columns, storage
 
-
 # Optimizer steps of this process: a fused optimizer changes weights without telling their version counters.
 _steps = 0
 
@@ -33,7 +32,7 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """Why a module is left as it is, for the log: never an error."""
 
 
@@ -43,8 +42,8 @@ class Member:
 
     stored: Stored
     bias: Tensor | None
-    a: nn.Parameter | None = None
-    b: nn.Parameter | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
     scaling: float = 0.0
 
 
@@ -92,7 +91,7 @@ class Site:
         return sum(m.stored.shape[0] for m in self.members)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """What is trained: A and B of each adapted member."""
         return [p for m in self.members if m.a is not None and m.b is not None for p in (m.a, m.b)]
 
@@ -159,26 +158,26 @@ def site_of(modules: Sequence[nn.Module], arithmetic: Arithmetic, compute: torch
     """The site that these linear layers make.
 
     Raises:
-        Unfit: one of them does something else than a frozen linear layer with a plain LoRA.
+        UnfitError: one of them does something else than a frozen linear layer with a plain LoRA.
     """
     return Site(tuple(_member(module) for module in modules), arithmetic, compute)
 
 
-def _member(module: nn.Module) -> Member:
+def _member(module: Any) -> Member:
     if not isinstance(module, LoraLayer):
         return Member(*_base(module))
     names = module.active_adapters
     if len(names) != 1 or module.merged:
-        raise Unfit(f"{len(names)} adapters")
+        raise UnfitError(f"{len(names)} adapters")
     name = names[0]
     dropout = module.lora_dropout[name]
-    if not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1):
-        raise Unfit("adapter dropout")
+    if not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0:
+        raise UnfitError("adapter dropout")
     if module.lora_variant or module.lora_bias.get(name):
-        raise Unfit("an adapter that is not a plain LoRA")
+        raise UnfitError("an adapter that is not a plain LoRA")
     a, b = module.lora_A[name], module.lora_B[name]
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
-        raise Unfit("an adapter that is not a plain LoRA")
+        raise UnfitError("an adapter that is not a plain LoRA")
     stored, bias = _base(module.get_base_layer())
     return Member(stored, bias, a.weight, b.weight, float(module.scaling[name]))
 
@@ -187,10 +186,10 @@ def _base(module: Any) -> tuple[Stored, Tensor | None]:
     kind = type(module).__name__
     weight, bias = module.weight, getattr(module, "bias", None)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise Unfit("a trained base weight")
+        raise UnfitError("a trained base weight")
     shape = (module.out_features, module.in_features)
     if shape[1] % NF4_BLOCK or shape[0] % 16:
-        raise Unfit(f"a weight of {shape[0]} x {shape[1]}")
+        raise UnfitError(f"a weight of {shape[0]} x {shape[1]}")
     if kind == "Linear" and type(module) is nn.Linear:
         return Stored("16bit", shape, weight.data), bias
     if kind == "Linear8bitLt":
@@ -198,11 +197,11 @@ def _base(module: Any) -> tuple[Stored, Tensor | None]:
         data = weight.data if weight.data.dtype == torch.int8 else state.CB
         absmax = state.SCB if state.SCB is not None else getattr(weight, "SCB", None)
         if data is None or absmax is None:
-            raise Unfit("an 8-bit weight that is not there yet")
+            raise UnfitError("an 8-bit weight that is not there yet")
         return Stored("int8", shape, data, absmax.float()), bias
     state = getattr(weight, "quant_state", None)
     if kind != "Linear4bit" or state is None or state.quant_type != "nf4" or state.blocksize != NF4_BLOCK:
-        raise Unfit(f"a base layer of type {kind}")
+        raise UnfitError(f"a base layer of type {kind}")
     if not state.nested:
         return Stored("nf4", shape, weight.data, state.absmax.float(), state.code.float()), bias
     inner = state.state2
@@ -216,6 +215,6 @@ def _base(module: Any) -> tuple[Stored, Tensor | None]:
             inner.code.float(),
             inner.absmax.float(),
             float(state.offset),
-        ),  # fmt: skip
+        ),
         bias,
     )

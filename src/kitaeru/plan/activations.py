@@ -6,6 +6,7 @@ attention. The tests compare every count with the tensors that torch really save
 
 from __future__ import annotations
 
+from kitaeru.plan import fused
 from kitaeru.plan.stored import (
     Setting,
     adapted,
@@ -36,6 +37,8 @@ def kept_per_token(layout: Layout, shape: ModelShape, setting: Setting) -> dict[
     >>> sum(kept_per_token(layout, llama, Setting(LoraSection(r=16))).values()) // 32 // 1024
     212
     """
+    if fused.is_fused(layout):
+        return fused.kept_per_token(layout, shape, setting.lora)
     return {
         "norms": shape.layers * _kept_norms(layout, shape),
         "linears": _kept_linears(layout, shape, setting.lora),
@@ -140,6 +143,8 @@ def kept_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
 
 def cast_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """16-bit copies of linear layers' trained 32-bit weights, which autocast makes and keeps in a forward pass."""
+    if fused.is_fused(layout):
+        return fused.held_always(layout, shape, lora)[1]
     if compute_bytes(layout) == 4:
         return 0
     return 2 * (
@@ -155,6 +160,8 @@ def score_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> tuple[in
     the capped scores, the softmax in 32 bits and its copy in the arithmetic's width, for every head and pair.
     """
     c, tokens = compute_bytes(layout), layout.micro_batch_tokens
+    if fused.is_fused(layout):
+        return 0, 0
     pairs = tokens * tokens
     if setting.attention == "flash_attention_2":
         return 0, 0
@@ -194,6 +201,7 @@ def _kept_outside_layers(layout: Layout, shape: ModelShape, lora: LoraSection) -
     tables = 2 if shape.family == "gemma3_text" else 1
     rotary = 0 if shape.learned_positions else int(tables * 2 * r * shape.head_dim * shape.rotary_share)
     frozen = not trains_all(layout) and not saved_whole(shape, lora) and layout.activations != "recompute"
+    frozen = frozen and not fused.is_fused(layout)
     first = (r * h + 8 if shape.norm == "layer" else 4 * h + 4) if frozen else 0
     return 3 * 8 + rotary + final - first
 

@@ -16,12 +16,21 @@ from kitaeru.i18n import tr
 from kitaeru.plan.calibrate import Profile, own_profile
 from kitaeru.plan.decide import decide_learning, default_seq_len, fill
 from kitaeru.plan.host import host_items
-from kitaeru.plan.layouts import DISK, Arrangement, activation_policies, arrangements, illegal, is_built, ways
+from kitaeru.plan.layouts import (
+    DISK,
+    Arrangement,
+    activation_policies,
+    arithmetic_for,
+    arrangements,
+    illegal,
+    is_built,
+    ways,
+)
 from kitaeru.plan.nearest import no_layout, not_legal
 from kitaeru.plan.problem import Problem, free_bytes, global_tokens, needed_bytes, setting_of, state
 from kitaeru.plan.ranks import phase_peaks, rank_items
 from kitaeru.plan.reasons import decide_layout, why_chosen, why_lost
-from kitaeru.plan.speed import Load, Pace, cuts_for, pace, speed_of, step
+from kitaeru.plan.speed import Load, Pace, cuts_for, layer_on, pace, speed_of, step
 from kitaeru.plan.stored import trained_parameters
 from kitaeru.plan.types import Base, Candidate, DataFacts, Layout, MethodKind, Plan, Speed
 from kitaeru.recipe.types import Recipe
@@ -114,6 +123,7 @@ class Pricing:
         self.built_only = built_only
         self._paces: dict[tuple[int, str], Pace] = {}
         self.impossible: dict[str, str] = {}
+        self._fastest: dict[tuple[str, str], float] = {}  # seconds of the best that fits, by method and base
         # A described machine is not this one: its cards may be of the same kind and cooled otherwise.
         self.profile: Profile | None = None if problem.hardware.described else own_profile()
 
@@ -149,8 +159,10 @@ class Pricing:
     def _pace(self, layout: Layout, case: str) -> Pace:
         key = (layout.devices, case)
         if key not in self._paces:
-            hardware = self.problem.hardware
-            self._paces[key] = pace(layout, hardware, hardware.devices, case, self.profile)
+            problem = self.problem
+            found = [problem.device_of(rank, layout) for rank in range(layout.devices)]
+            devices = [device for device in found if device is not None]
+            self._paces[key] = pace(layout, problem.hardware, devices, case, self.profile)
         return self._paces[key]
 
     def _arrangements(self) -> list[Arrangement]:
@@ -178,6 +190,9 @@ class Pricing:
         micro-batch, since without accumulation no gradients wait.
         """
         staged = row[0].strategy in ("pipeline", "model_parallel")
+        if self.built_only and not staged:
+            yield from self._largest(row)
+            return
         full = False
         for layout in row if staged else reversed(row):
             if staged and full and layout is not row[-1]:
@@ -186,11 +201,49 @@ class Pricing:
             if reason is not None:
                 self.impossible.setdefault(f"{layout.way}/{layout.method}", reason)
                 continue
+            if staged and self.built_only and self._slower(layout):
+                continue
             candidate = self._candidate(layout)
             full = not candidate.fits
             yield candidate
             if candidate.fits and not staged:
                 return
+
+    def _largest(self, row: Sequence[Layout]) -> Iterator[Candidate]:
+        """The largest layout of a row that fits, found by halves: the larger one is, the more it needs, but for the
+        last one, in which no gradients wait.
+        """
+        reason = self._illegal(row[0])  # of what goes through all layers no size is illegal
+        if reason is not None:
+            self.impossible.setdefault(f"{row[0].way}/{row[0].method}", reason)
+            return
+        legal = list(row)
+        found = self._candidate(legal.pop())
+        low, high = 0, 0 if found.fits else len(legal)
+        while low < high:
+            middle = (low + high) // 2
+            candidate = self._candidate(legal[middle])
+            if candidate.fits:
+                found, low = candidate, middle + 1
+            else:
+                high = middle
+        if found.fits:
+            kind = (found.layout.method, found.layout.base)
+            self._fastest[kind] = min(_seconds(found), self._fastest.get(kind, float("inf")))
+        yield found
+
+    def _slower(self, layout: Layout) -> bool:
+        """Whether stages could not beat what fits already even if none of them ever waited."""
+        best = self._fastest.get((layout.method, layout.base))
+        if best is None:
+            return False
+        load = self._load(layout)
+        count, shape = load.micro_batches(layout), self.problem.shape
+        full = replace(layout, micro_batch_tokens=max(1, load.global_tokens // (layout.replicas * count)))
+        fastest = max(self._pace(layout, "likely").devices, key=lambda rates: rates.gemm)
+        layer = layer_on(full, shape, load, fastest)
+        seconds = shape.layers * (layer.forward + layer.backward).seconds + layer.head.seconds
+        return count * seconds / layout.ranks_per_replica > best * (1 - TIE)
 
     def _layouts(self, arrangement: Arrangement, method: MethodKind, base: Base) -> Iterator[list[Layout]]:
         """The layouts of one arrangement and method, in rows that differ by the size of a micro-batch: one for each
@@ -202,8 +255,13 @@ class Pricing:
             device = "cuda"
         packed = (False, True) if base == "nf4" and problem.shape.experts else (False,)
         sizes = micro_batch_sizes(problem, arrangement.replicas)
-        policies = activation_policies(problem.recipe)
-        if len(policies) > 1 and device == "cuda" and arrangement.ranks_go_through_all:
+        bare = Layout(
+            arrangement.strategy, method, base, problem.precision, "keep", sizes[0], device, arrangement.devices,
+            arrangement.variant,
+        )  # fmt: skip
+        arithmetic = arithmetic_for(problem.recipe, bare, problem.device, problem.shape)
+        policies = activation_policies(problem.recipe, arithmetic)
+        if len(policies) > 1 and arithmetic == "plain" and device == "cuda" and arrangement.ranks_go_through_all:
             policies = (*policies, "offload")
         for activations in policies:
             for experts in packed:
@@ -212,6 +270,7 @@ class Pricing:
                         arrangement.strategy, method, base, problem.precision, activations, tokens, device,
                         arrangement.devices, arrangement.variant, arrangement.replicas, arrangement.chunks,
                         packed_experts=experts,
+                        arithmetic=arithmetic,
                     )
                     for tokens in sizes
                 ]  # fmt: skip
@@ -220,7 +279,7 @@ class Pricing:
 
     def _illegal(self, layout: Layout) -> str | None:
         problem = self.problem
-        devices = {problem.device_of(rank) for rank in range(layout.devices)}
+        devices = {problem.device_of(rank, layout) for rank in range(layout.devices)}
         count = self._load(layout).micro_batches(layout)
         reasons = (illegal(layout, problem.recipe, device, problem.shape, count) for device in devices)
         return next((reason for reason in reasons if reason), None)

@@ -35,8 +35,9 @@ class Group:
 
     def extra(self, layout: Layout) -> int:
         """Further columns for the adapter (kernels.rows.extra_columns)."""
-        copies = {"16bit": 1, "fp8": 3}.get(layout.arithmetic, 0)
-        return -(-copies * self.rank // 16) * 16
+        if not self.rank or layout.arithmetic == "int8":
+            return 0
+        return -(-2 * self.rank // 128) * 128 if layout.arithmetic == "fp8" else -(-self.rank // 64) * 64
 
 
 def groups(shape: ModelShape, lora: LoraSection) -> tuple[Group, ...]:
@@ -128,7 +129,7 @@ def streamed_bytes_per_token(layout: Layout, shape: ModelShape, lora: LoraSectio
     q, kv, size = shape.q_size, shape.kv_size, sum(g.rank for g in groups(shape, lora))
     if forward:
         norms = w * h + n * h + 3 * w * h + n * h
-        kept = 2 * f if layout.activations == "keep8" else 0
+        kept = 4 * f if layout.activations == "keep8" else 0  # rounding costs more than the bytes it writes
         rows = 2 * w * (q + kv) + (w + n) * q + norms + (2 * w + n) * f + kept + 3 * w * h
         thin = n * (h + q + h + f) if size else 0
         return float(rows + thin)

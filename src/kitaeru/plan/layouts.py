@@ -7,11 +7,12 @@ says when it may be used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kitaeru.hardware import Device
 from kitaeru.i18n import tr
-from kitaeru.plan.types import Activations, Base, Layout, MethodKind, Precision
+from kitaeru.plan import fused
+from kitaeru.plan.types import Activations, Arithmetic, Base, Layout, MethodKind, Precision
 from kitaeru.recipe.checks import STRATEGIES_BUILT
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
@@ -238,6 +239,37 @@ def _disk_keeps_frozen_layers(case: Case) -> str | None:
     return None
 
 
+FUSED_STRATEGIES = ("single", "ddp")
+
+
+def _fused_layers_are_known(case: Case) -> str | None:
+    layout, shape = case.layout, case.shape
+    if layout.arithmetic == "plain":
+        return tr("`keep8` belongs to fused layers.") if layout.activations == "keep8" else None
+    if layout.method not in ("lora", "qlora"):
+        return tr("Fused layers have frozen weights and an adapter: they take `method: lora` or `qlora`.")
+    if layout.strategy not in FUSED_STRATEGIES or layout.variant == DISK:
+        return tr("Fused layers need their weights whole, which {way} does not give them.", way=layout.way)
+    if layout.precision == "fp16" or (layout.precision == "fp32" and layout.device == "cuda"):
+        return tr("Fused layers work in bf16.")
+    reason = None if shape is None else fused.why_not(shape, case.recipe.lora)
+    if reason == "adapter":
+        return tr("Fused layers know plain LoRA: no dropout, no DoRA, no `modules_to_save`.")
+    if reason is not None:
+        return tr("This model's layers are none that kitaeru can fuse (Llama, Mistral, Qwen2 and Qwen3 are).")
+    return None
+
+
+def _eight_bits_need_units(case: Case) -> str | None:
+    device, arithmetic = case.device, case.layout.arithmetic
+    if case.layout.device == "cpu" or device is None or arithmetic == "plain":
+        return None
+    least = {"16bit": 8.0, "int8": 8.0, "fp8": 8.9}[arithmetic]
+    if device.sm >= least:
+        return None
+    return tr("{device} cannot compute so (it needs compute capability {least}).", device=device.name, least=least)
+
+
 def _zero_needs_a_gpu(case: Case) -> str | None:
     if case.layout.strategy not in ZERO or case.layout.device == "cuda":
         return None
@@ -267,6 +299,8 @@ RULES: tuple[Rule, ...] = (
     _adapters_need_no_offload,
     _activations_go_somewhere,
     _disk_keeps_frozen_layers,
+    _fused_layers_are_known,
+    _eight_bits_need_units,
     _zero_needs_a_gpu,
 )
 
@@ -335,10 +369,24 @@ def ways(recipe: Recipe) -> Iterator[tuple[MethodKind, Base]]:
             yield "qlora", "nf4"
 
 
-def activation_policies(recipe: Recipe) -> tuple[Activations, ...]:
-    """What may be done with activations: what the recipe pins, else both, the faster one first."""
+def activation_policies(recipe: Recipe, arithmetic: Arithmetic = "plain") -> tuple[Activations, ...]:
+    """What may be done with activations: what the recipe pins, else all, the faster one first."""
     pinned = recipe.limits.checkpointing
-    return ("keep", "recompute") if pinned is None else ("recompute",) if pinned else ("keep",)
+    kept: tuple[Activations, ...] = ("keep",) if arithmetic in ("plain", "16bit") else ("keep", "keep8")
+    return (*kept, "recompute") if pinned is None else ("recompute",) if pinned else kept
+
+
+def arithmetic_for(recipe: Recipe, layout: Layout, device: Device | None, shape: ModelShape) -> Arithmetic:
+    """How the frozen products of a layout are computed: what the recipe pins, else in the device's 8 bits where layers
+    can be fused, else plainly.
+    """
+    wish = recipe.train.arithmetic
+    if wish != "auto":
+        return wish
+    if device is None or layout.device == "cpu" or device.sm < 8.0:
+        return "plain"
+    eight: Arithmetic = "fp8" if 9.0 <= device.sm < 12.0 else "int8"
+    return "plain" if illegal(replace(layout, arithmetic=eight), recipe, device, shape) else eight
 
 
 def precision_for(recipe: Recipe, device: Device | None) -> Precision:

@@ -9,6 +9,7 @@ in them, `device_overhead_bytes` and the margin of `choose` stand for those.
 from __future__ import annotations
 
 from kitaeru.i18n import N_
+from kitaeru.plan import fused
 from kitaeru.plan.activations import (
     activation_bytes,
     cast_bytes,
@@ -93,6 +94,8 @@ def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> tup
         norm, layer = 16 * h, 8 * f + 4 * h
     else:
         norm, layer = 22 * h, 6 * f + 7 * h if layout.base == "none" else 2 * f + 2 * h
+    if fused.is_fused(layout):
+        return tokens * norm, fused.workspace_bytes(layout, shape, lora)
     wide = max(linear.weights for linear in shape.linears())
     unpacked = {"none": 0, "nf4": c, "int8": c + 1}[layout.base]
     trained = 4 + c if trains_all(layout) else 0
@@ -122,6 +125,8 @@ def stored_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[st
     weights, scales = weight_bytes(layout, shape)
     adapter = 0 if trains_all(layout) else 4 * adapter_parameters(shape, setting.lora)
     optimizer = optimizer_bytes(setting.optimizer, layout, shape, setting.lora)
+    if fused.is_fused(layout):
+        scales += fused.held_always(layout, shape, setting.lora)[0]
     return {"weights": weights, "quantization": scales, "adapter": adapter, "optimizer": optimizer}
 
 
@@ -136,7 +141,8 @@ def moments(
     gradients = 4 * trained_parameters(layout, shape, setting.lora)
     held = gradients if setting.accumulates else 0
     casts = cast_bytes(layout, shape, setting.lora)
-    still_cast = casts // max(1, shape.layers) if layout.activations == "recompute" else casts
+    passing = layout.activations == "recompute" and not fused.is_fused(layout)
+    still_cast = casts // max(1, shape.layers) if passing else casts
     again = recomputed_layer_bytes(layout, shape, setting)
     kept = int(activation_bytes(layout, shape, setting) * sets)
     norm, layer = workspace_bytes(layout, shape, setting.lora)

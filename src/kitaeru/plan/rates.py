@@ -5,7 +5,8 @@ Each factor has its source and its bounds beside it: a plan from the table is a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +36,11 @@ class Factor:
 
 # "H100" is one H100 SXM with torch 2.11, medians at 8192 tokens; "published" are others' measurements on that card.
 GEMM = Factor(0.70, 0.60, 0.80, N_("H100: 677 to 801 of 989 TFLOP/s; published for RTX A5000: at least 75 %"))
+EIGHT = {
+    9: Factor(0.74, 0.60, 0.78, N_("H100, FP8, a Llama-3-8B layer with its adapters: 1,461 of 1,979 TFLOP/s")),
+    8: Factor(0.56, 0.40, 0.70, N_("H100, the INT8 kernel of sm_86: 1,115 of 1,979 TOP/s; not measured on an sm_86")),
+    7: Factor(0.30, 0.20, 0.40, N_("no fused layers before compute capability 8.0; estimate")),
+}
 SKINNY = Factor(0.15, 0.10, 0.25, N_("an adapter's rank of 16 fills a sixteenth of a tile; estimate"))
 GROUPED = Factor(0.35, 0.20, 0.60, N_("experts' grouped GEMM; estimate"))
 FLASH_FORWARD = {
@@ -71,14 +77,23 @@ _LINK_NAMES = {"nvlink": "NVLink", "pcie": "PCIe"}
 
 @dataclass(frozen=True)
 class Measured:
-    """A device's measured rates as a plan uses them: in its arithmetic, off by `spread` in one case of its range, and
-    the `share` of them that a process has.
+    """A device's measured rates as a plan uses them: in its arithmetic and in its 8 bits (`eight`, with its sheet's
+    peak), off by `spread` in one case of its range, and the `share` of them that a process has.
     """
 
     profile: DeviceProfile
     arithmetic: str
     spread: float
     share: float = 1.0
+    eight: str = ""
+    eight_peak: float = math.inf
+
+    def products(self, arithmetic: str, rows: float, found: Sequence[tuple[float, float]]) -> float:
+        """TFLOP/s of products with so many `(weights, width)`, by the time each takes; 0 where not measured."""
+        taken = [(weights, self.profile.product_tflops(arithmetic, rows, width)) for weights, width in found]
+        if not taken or not all(rate for _, rate in taken):
+            return 0.0
+        return sum(weights for weights, _ in taken) / sum(weights / rate for weights, rate in taken)
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,7 @@ class Rates:
 
     peak_flops: float
     gemm: float
+    eight: float
     skinny: float
     grouped: float
     attention_forward: float
@@ -110,18 +126,12 @@ class Rates:
         known = self.measured
         if known is None:
             return self
-        total, taken = 0.0, 0.0
-        for weights, width in products:
-            total += weights
-            taken += weights / (known.profile.product_tflops(known.arithmetic, rows, width) or 1e-9)
+        found = list(products)
         forward, backward = known.profile.attention_tflops(length)
-        measured = bool(known.profile.products.get(known.arithmetic)) and taken > 0
-        found = {
-            "gemm": total / taken if measured else 0.0,
-            "attention_forward": forward,
-            "attention_backward": backward,
-        }
-        changed: dict[str, Any] = _flops(found, known, self.peak_flops)
+        rates = {"gemm": known.products(known.arithmetic, rows, found)}
+        rates |= {"attention_forward": forward, "attention_backward": backward}
+        changed: dict[str, Any] = _flops(rates, known, self.peak_flops)
+        changed |= _flops({"eight": known.products(known.eight, rows, found)}, known, known.eight_peak)
         return replace(self, **changed)
 
 
@@ -144,6 +154,7 @@ def device_rates(device: Device, precision: Precision, case: str = "likely", pro
     rates = Rates(
         peak_flops=peak,
         gemm=peak * GEMM.at(case),
+        eight=_eight_peak(device, peak) * EIGHT[kind].at(case),
         skinny=peak * SKINNY.at(case),
         grouped=peak * GROUPED.at(case),
         attention_forward=peak * FLASH_FORWARD[kind].at(case),
@@ -163,12 +174,19 @@ def device_rates(device: Device, precision: Precision, case: str = "likely", pro
     if not device.bf16_tflops and found.products:  # not in the table: no more than what was seen is known
         best = max(rate for table in found.products.values() for rate in table.values())
         rates = replace(rates, peak_flops=best * TERA)
-    return _measured(rates, Measured(found, precision, MEASURED_SPREAD[case]))
+    eight, eight_peak = "fp8" if 9.0 <= device.sm < 12.0 else "int8", _eight_peak(device, math.inf)
+    return _measured(rates, Measured(found, precision, MEASURED_SPREAD[case], eight=eight, eight_peak=eight_peak))
 
 
 def _peak(device: Device, precision: Precision) -> float:
     rate = device.fp16_tflops if precision == "fp16" else device.bf16_tflops or device.fp16_tflops
     return (rate or UNKNOWN_TFLOPS) * TERA / (8 if precision == "fp32" else 1)
+
+
+def _eight_peak(device: Device, otherwise: float) -> float:
+    """FLOP/s of products in 8 bits, FP8 or INT8, whichever the device trains in."""
+    rate = device.fp8_tflops if device.sm >= 9 and device.fp8_tflops else device.int8_tops
+    return rate * TERA if rate else otherwise
 
 
 # A measured rate holds for the shapes that were measured, on a hot card: this much is left open.
@@ -211,6 +229,7 @@ def cpu_rates(
     rates = Rates(
         peak_flops=cores * CPU_PEAK_PER_CORE,
         gemm=flops,
+        eight=flops / 20,
         skinny=flops / 2,
         grouped=flops / 2,
         attention_forward=flops,

@@ -127,7 +127,10 @@ def took(work: Work, rates: Rates) -> Took:
     """Seconds of work at a device's rates."""
     attention = work.attention_forward / rates.attention_forward + work.attention_backward / rates.attention_backward
     parts = {
-        "matrix_products": work.gemm / rates.gemm + work.skinny / rates.skinny + work.grouped / rates.grouped,
+        "matrix_products": work.gemm / rates.gemm
+        + work.eight / rates.eight
+        + work.skinny / rates.skinny
+        + work.grouped / rates.grouped,
         "attention": attention,
         "small_kernels": work.eager / rates.eager + work.stream / rates.stream,
         "unpacking": work.unpacked / rates.dequantise,

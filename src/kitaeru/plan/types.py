@@ -12,7 +12,8 @@ from kitaeru.files import write_json
 from kitaeru.i18n import tr
 from kitaeru.recipe.types import Recipe
 
-Activations = Literal["keep", "recompute", "offload"]
+Activations = Literal["keep", "keep8", "recompute", "offload"]
+Arithmetic = Literal["plain", "16bit", "fp8", "int8"]
 Base = Literal["none", "nf4", "int8"]
 Precision = Literal["bf16", "fp16", "fp32"]
 MethodKind = Literal["full", "lora", "qlora", "pretrain"]
@@ -27,6 +28,8 @@ class Layout:
     tells ways of one strategy apart (`grad` and none of fsdp, `1f1b` and `interleaved` of pipeline, `offload` of zero).
     `cuts` are the layers of each pipeline stage in the model's order; a rank with `chunks` stages holds every
     (devices/replicas)-th of them. `packed_experts`: a mixture's stacked experts are stored in 4 bits too.
+    `arithmetic`: of the frozen products; but for `plain`, a layer is one fused operation (`plan.fused`), whose gate and
+    up `keep8` keeps in 8 bits.
     """
 
     strategy: str
@@ -42,6 +45,7 @@ class Layout:
     chunks: int = 1
     cuts: tuple[int, ...] = ()
     packed_experts: bool = False
+    arithmetic: Arithmetic = "plain"
 
     @property
     def ranks_per_replica(self) -> int:
@@ -63,7 +67,8 @@ class Layout:
     def name(self) -> str:
         """A short name for tables, for example `single/qlora/keep/4096`."""
         method = f"{self.method}+experts" if self.packed_experts else self.method
-        return f"{self.way}/{method}/{self.activations}/{self.micro_batch_tokens}"
+        arithmetic = "" if self.arithmetic == "plain" else f"/{self.arithmetic}"
+        return f"{self.way}/{method}{arithmetic}/{self.activations}/{self.micro_batch_tokens}"
 
 
 @dataclass(frozen=True)

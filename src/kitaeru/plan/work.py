@@ -7,8 +7,9 @@ Bytes of eager operations are counted kernel by kernel: each reads its inputs an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kitaeru.plan import fused
 from kitaeru.plan.memory import HEAD_CHUNK_ROWS
 from kitaeru.plan.stored import Setting, adapted, adapts_experts, compute_bytes, residual_bytes, trains_all
 from kitaeru.plan.types import Layout
@@ -19,13 +20,18 @@ UNPACKED_BYTES = {"none": 0.0, "nf4": 2.5, "int8": 3.0}
 # Bytes moved for a trained number: weight, gradient, moments, read and written, and the clipping's norm.
 ADAMW_BYTES = {"adamw": 40, "adamw_8bit": 22, "paged_adamw_8bit": 26, "lion": 28, "adafactor": 40}
 CPU_ADAMW_BYTES = 28
+# A layer that is computed again leaves its last product out, the MLP's way down.
+FUSED_AGAIN = 0.75
 
 
 @dataclass(frozen=True)
 class Work:
-    """One pass (forward or backward) of one micro-batch through something: FLOP by kind, bytes by kind, operations."""
+    """One pass (forward or backward) of one micro-batch through something: FLOP by kind (`eight`: products in 8 bits),
+    bytes by kind, operations.
+    """
 
     gemm: float = 0.0
+    eight: float = 0.0
     skinny: float = 0.0
     grouped: float = 0.0
     attention_forward: float = 0.0
@@ -40,7 +46,7 @@ class Work:
 
     def flops(self) -> float:
         """All FLOP."""
-        return self.gemm + self.skinny + self.grouped + self.attention_forward + self.attention_backward
+        return self.gemm + self.eight + self.skinny + self.grouped + self.attention_forward + self.attention_backward
 
 
 _NAMES = tuple(Work.__dataclass_fields__)
@@ -63,6 +69,8 @@ def layer_forward(layout: Layout, shape: ModelShape, setting: Setting, typical: 
     >>> round(work.gemm / 4096 / 1e9, 3), round(work.eager / 4096 / 1e6, 2)
     (0.436, 1.57)
     """
+    if fused.is_fused(layout):
+        return _fused_pass(layout, shape, setting, typical, forward=True)
     tokens, layers = layout.micro_batch_tokens, shape.layers
     weights = shape.linear_parameters() / layers
     return Work(
@@ -79,6 +87,10 @@ def layer_forward(layout: Layout, shape: ModelShape, setting: Setting, typical: 
 
 def layer_backward(layout: Layout, shape: ModelShape, setting: Setting, typical: float) -> Work:
     """One layer's backward pass, with its forward pass again where it is recomputed."""
+    if fused.is_fused(layout):
+        work = _fused_pass(layout, shape, setting, typical, forward=False)
+        again = layer_forward(layout, shape, setting, typical) if layout.activations == "recompute" else Work()
+        return work + replace(again, **{kind: getattr(again, kind) * FUSED_AGAIN for kind in ("gemm", "eight")})
     tokens, layers = layout.micro_batch_tokens, shape.layers
     weights, whole = shape.linear_parameters() / layers, trains_all(layout)
     passes = 2 if whole else 1
@@ -131,6 +143,23 @@ def model_flops_per_token(layout: Layout, shape: ModelShape, typical: float) -> 
 def optimizer_bytes_moved(layout: Layout, trained: float, optimizer: str) -> float:
     """Bytes an optimizer's step moves, on the device or, offloaded, in the host's memory."""
     return trained * (CPU_ADAMW_BYTES if layout.variant.startswith("offload") else ADAMW_BYTES[optimizer])
+
+
+def _fused_pass(layout: Layout, shape: ModelShape, setting: Setting, typical: float, *, forward: bool) -> Work:
+    """One layer as one operation: its products in the layout's arithmetic, row kernels that move each byte once."""
+    tokens = layout.micro_batch_tokens
+    flops = 2 * shape.linear_parameters() / shape.layers * tokens
+    attention = (4 if forward else 10) * shape.q_size * seen_tokens(shape, typical) * tokens
+    moved = fused.streamed_bytes_per_token(layout, shape, setting.lora, forward=forward)
+    return Work(
+        gemm=flops if layout.arithmetic == "16bit" else 0.0,
+        eight=0.0 if layout.arithmetic == "16bit" else flops,
+        attention_forward=attention if forward else 0.0,
+        attention_backward=0.0 if forward else attention,
+        eager=tokens * moved,
+        unpacked=fused.expanded_bytes(layout, shape),
+        operations=fused.OPERATIONS[forward],
+    )
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ Method = Literal["auto", "full", "lora", "qlora", "pretrain"]
 Strategy = Literal["auto", "single", "ddp", "fsdp", "pipeline", "model_parallel", "tensor", "zero1", "zero2", "zero3"]
 Quantize = Literal["auto", "none", "nf4", "int8"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Arithmetic = Literal["auto", "plain", "16bit", "fp8", "int8"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "adafactor"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 RowKind = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
@@ -247,6 +248,14 @@ class TrainSection(Section):
         "auto",
         description=N_(
             "Arithmetic: `bf16`, `fp16` (with a loss scaler) or `fp32`. `auto`: bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU."
+        ),
+    )
+    arithmetic: Arithmetic = Field(
+        "auto",
+        description=N_(
+            "How the products with frozen weights are computed under an adapter: in 8 bits (`fp8` from compute capability "
+            "9.0, `int8` from 8.0) or in 16 bits (`16bit`), both with every layer fused into one operation, or `plain`, by the "
+            "model's own code. `auto`: the fastest the planner finds for this model and GPU."
         ),
     )
     seed: int = Field(0, ge=0, description=N_("Seed of data order, initial adapter weights and dropout."))

@@ -94,9 +94,7 @@ def test_triton_expands_as_the_reference(arithmetic: Arithmetic, kind: str, tran
     by = scale.backward if transposed else scale.forward
     adapter = 0.02 * draw(192 if transposed else 128, rank, seed=2, device="cuda", dtype=torch.bfloat16)
     extra = extra_columns(arithmetic, rank)
-    ours, theirs = (
-        f(weights, by, adapter, extra, dtype, transposed=transposed) for f in (expand, expand_reference)
-    )
+    ours, theirs = (f(weights, by, adapter, extra, dtype, transposed=transposed) for f in (expand, expand_reference))
     assert apart(ours.float(), theirs.float()) < 0.006
     if extra:
         width = ours.shape[1] - extra

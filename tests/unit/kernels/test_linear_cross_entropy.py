@@ -74,3 +74,21 @@ def test_under_autocast_the_loss_stays_fp32_and_close():
     assert ours.dtype == torch.float32
     assert x.grad.dtype == torch.float32
     torch.testing.assert_close(ours, linear_cross_entropy_reference(x, w, targets), rtol=2e-2, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [1000, 32000, 50001])
+def test_on_a_gpu_the_gradient_takes_the_logits_place_and_is_right(vocab):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(700, 256, generator=generator).cuda().bfloat16().requires_grad_()
+    weight = (0.05 * torch.randn(vocab, 256, generator=generator)).cuda().bfloat16().requires_grad_()
+    targets = torch.randint(0, vocab, (700,), generator=generator).cuda()
+    targets[::7] = -100
+    found = []
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        hidden.grad = weight.grad = None
+        loss = function(hidden, weight, targets)
+        loss.backward()
+        found.append((loss.detach(), hidden.grad.clone(), weight.grad.clone()))
+    for ours, theirs in zip(*found, strict=True):
+        assert float((ours.double() - theirs.double()).norm() / theirs.double().norm()) < 0.01

@@ -53,9 +53,11 @@ def test_norm_and_its_backward_are_autograds() -> None:
     along = draw(5, 64, seed=4)
     (expected,) = torch.autograd.grad((y * up).sum() + (total * along).sum(), leaf)
     got_total, rows, rstd = norm_reference(x, delta, weight, 1e-5, torch.float32, 0)
-    assert apart(got_total, total) < 1e-6 and apart(rows.values, y) < 1e-6
+    assert apart(got_total, total) < 1e-6
+    assert apart(rows.values, y) < 1e-6
     dx, none = norm_backward_reference(up, rows, rstd, weight, along, None, 0)
-    assert none is None and apart(dx, expected) < 1e-5
+    assert none is None
+    assert apart(dx, expected) < 1e-5
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -67,7 +69,8 @@ def test_gated_and_its_backward_are_autograds(activation: str) -> None:
     (expected,) = torch.autograd.grad((y * up).sum(), leaf)
     rows, kept = gated_reference(both, activation, torch.float32, 0, torch.float32)  # type: ignore[arg-type]
     gradient, product = gated_backward_reference(up, kept, activation, torch.float32, 0)  # type: ignore[arg-type]
-    assert apart(rows.values, y) < 1e-6 and apart(product.values, y) < 1e-6
+    assert apart(rows.values, y) < 1e-6
+    assert apart(product.values, y) < 1e-6
     assert apart(gradient.values, expected) < 1e-6
 
 
@@ -112,7 +115,8 @@ ARITHMETICS: tuple[Arithmetic, ...] = ("16bit", "fp8", "int8")
 def same_rows(ours: Rows, theirs: Rows) -> None:
     """Equal but for values that lie on the border between two roundings."""
     if theirs.scale is not None:
-        assert ours.scale is not None and apart(ours.scale, theirs.scale) < 1e-3
+        assert ours.scale is not None
+        assert apart(ours.scale, theirs.scale) < 1e-3
     assert apart(ours.values, theirs.values) < (0.006 if theirs.scale is not None else 0.004)
 
 
@@ -134,13 +138,15 @@ def test_triton_norm_is_the_reference(arithmetic: Arithmetic, width: int) -> Non
     dtype, extra = storage(arithmetic, torch.bfloat16), extra_columns(arithmetic, 8)
     for second in (None, delta):
         ours, theirs = (f(x, second, weight, 1e-5, dtype, extra) for f in (norm, norm_reference))
-        assert apart(ours[0], theirs[0]) < 1e-6 and apart(ours[2], theirs[2]) < 1e-3
+        assert apart(ours[0], theirs[0]) < 1e-6
+        assert apart(ours[2], theirs[2]) < 1e-3
         same_rows(ours[1], theirs[1])
         back, reference = (
             f(up, theirs[1], theirs[2], weight, along, dtype, extra) for f in (norm_backward, norm_backward_reference)
         )
         assert apart(back[0], reference[0]) < 4e-3
-        assert back[1] is not None and reference[1] is not None
+        assert back[1] is not None
+        assert reference[1] is not None
         same_rows(back[1], reference[1])
 
 
@@ -176,7 +182,9 @@ def test_triton_rotation_is_the_reference(arithmetic: Arithmetic, normed: bool) 
     inverse, expected = rotate(ours, cos, sin, heads), rotate_reference(theirs, cos, sin, heads)
     assert apart(ours, theirs) < 5e-3
     if normed:
-        assert inverse is not None and expected is not None and apart(inverse, expected) < 1e-3
+        assert inverse is not None
+        assert expected is not None
+        assert apart(inverse, expected) < 1e-3
     up = heads.split(draw(23, heads.width, dtype=torch.bfloat16, device="cuda", seed=1))
     dtype = storage(arithmetic, torch.bfloat16)
     same_rows(

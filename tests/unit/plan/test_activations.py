@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kitaeru.model import attention
 from kitaeru.model.adapt import add_adapter
+from kitaeru.model.fused import Place, fused_layer
 from kitaeru.plan.activations import activation_bytes, cast_bytes
 from kitaeru.plan.stored import Setting
 from kitaeru.plan.types import Layout
@@ -131,3 +135,57 @@ def test_recomputation_keeps_each_layer_s_input(method: str, precision: str) -> 
     # Checkpoints hold the rotary tables in a closure, which autograd's hooks do not see.
     rotary = 2 * shape.head_dim * TOKENS * (4 if method == "full" or precision == "fp32" else 2)
     assert predicted(layout, shape, LoraSection(r=4)) - rotary == pytest.approx(saved, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("arithmetic", ["16bit", "fp8", "int8"])
+@pytest.mark.parametrize("activations", ["keep", "keep8", "recompute"])
+def test_a_fused_layer_keeps_what_the_plan_says(kind: str, arithmetic: Any, activations: Any) -> None:
+    """Every tensor of one layer's `Saved`, each memory once; cos, sin and the like belong to all layers."""
+    if (arithmetic, activations) == ("16bit", "keep8"):
+        return
+    attention.register()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, hidden_size=256, intermediate_size=384, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, vocab_size=320,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention.NAME)
+    model.requires_grad_(False)
+    section = LoraSection(r=8)
+    get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    fused = fused_layer(model.model.layers[0], config, arithmetic, torch.bfloat16)
+    fused.keep = arithmetic if activations == "keep8" else "16bit"
+    tokens = 48
+    turns = torch.zeros(tokens, 64, dtype=torch.bfloat16)
+    place = Place(turns, turns, torch.tensor([0, tokens], dtype=torch.int32), tokens)
+    hidden = torch.randn(tokens, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        _, saved = fused.forward(hidden, place)
+    shape = ModelShape.from_config(config.to_dict())
+    layout = Layout("single", "lora", "none", "bf16", activations, tokens, "cpu", arithmetic=arithmetic)
+    expected = activation_bytes(layout, shape, Setting(section)) - _outside(layout, shape, section, tokens)
+    if activations == "recompute":
+        assert expected == tokens * 256 * 2
+        return
+    memory: dict[int, int] = {}
+    for value in _tensors(saved):
+        memory[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    lse = tokens * 4 * 4  # the log-sum-exp that attention keeps in its graph
+    assert sum(memory.values()) + lse == expected
+
+
+def _outside(layout: Layout, shape: ModelShape, section: LoraSection, tokens: int) -> int:
+    empty = replace(layout, activations="recompute")
+    return activation_bytes(empty, shape, Setting(section)) - tokens * shape.layers * 2 * shape.hidden
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif is_dataclass(value):
+        for name in (f.name for f in fields(value)):
+            yield from _tensors(getattr(value, name))
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from _tensors(one)

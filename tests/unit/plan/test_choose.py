@@ -122,12 +122,33 @@ def test_small_data_makes_about_fifty_steps() -> None:
 
 
 def test_memory_limit_is_respected() -> None:
-    free = plan("Qwen/Qwen3-0.6B")
+    plain = {"arithmetic": "plain"}
+    free = plan("Qwen/Qwen3-0.6B", train=plain)
     assert free.chosen.peak_bytes > 12e9
-    made = plan("Qwen/Qwen3-0.6B", limits={"memory_gb": 12, "checkpointing": False})
+    made = plan("Qwen/Qwen3-0.6B", limits={"memory_gb": 12, "checkpointing": False}, train=plain)
     assert made.chosen.peak_bytes < 12e9
     assert made.layout.micro_batch_tokens < free.layout.micro_batch_tokens
-    assert plan("Qwen/Qwen3-0.6B", limits={"memory_gb": 5}).layout.activations == "recompute"
+    assert plan("Qwen/Qwen3-0.6B", limits={"memory_gb": 5}, train=plain).layout.activations == "recompute"
+
+
+def test_frozen_products_are_in_8_bits_where_layers_are_known_and_the_card_can() -> None:
+    def arithmetic(name: str = "Qwen/Qwen3-0.6B", gpus: str = "RTX A5000", **values: Any) -> str:
+        return plan(name, parse_gpus(gpus), **values).layout.arithmetic
+
+    assert arithmetic() == "int8"
+    assert arithmetic(gpus="H100") == "fp8"
+    assert arithmetic(gpus="T4") == "plain"
+    assert arithmetic("HuggingFaceTB/SmolLM2-135M", gpus="H100", method="full") == "plain"
+    assert arithmetic(lora={"dropout": 0.1}) == "plain"
+    assert arithmetic("google/gemma-2-2b") == "plain"
+    assert arithmetic(train={"arithmetic": "16bit"}) == "16bit"
+
+
+def test_fused_layers_are_faster_and_smaller_in_the_plan() -> None:
+    fused, plain = (plan(method="qlora", train={"arithmetic": a}) for a in ("auto", "plain"))
+    assert fused.chosen.speed is not None
+    assert plain.chosen.speed is not None
+    assert fused.chosen.speed.tokens_per_second > 1.5 * plain.chosen.speed.tokens_per_second
 
 
 def test_other_gpus_are_spoken_of() -> None:
@@ -141,7 +162,11 @@ def test_other_gpus_are_spoken_of() -> None:
         (ELYZA, "RTX A5000", {"method": "full"}),
         ("tokyotech-llm/Swallow-13b-hf", "RTX A5000", {"method": "lora"}),
         ("codellama/CodeLlama-34b-hf", "RTX A5000", {"data": {"train": "d.jsonl", "seq_len": 16384}}),
-        (ELYZA, "RTX A5000", {"limits": {"checkpointing": False}, "method": "lora"}),
+        (
+            ELYZA,
+            "RTX A5000",
+            {"limits": {"checkpointing": False}, "method": "lora", "train": {"arithmetic": "plain"}},
+        ),
         (ELYZA, "L4", {"method": "qlora", "limits": {"micro_batch_tokens": 65536}}),
     ],
 )

@@ -65,6 +65,12 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     ({"device": "cpu", "activations": "offload", "precision": "fp32"}, {}, None, "already", {}),
     (FULL | {"variant": "disk", "activations": "recompute"}, {}, A5000, "frozen layers", {}),
     ({"variant": "disk"}, {}, A5000, "computed twice", {}),
+    ({"activations": "keep8"}, {}, A5000, "fused", {}),
+    (FULL | {"arithmetic": "int8"}, {}, A5000, "frozen weights", {}),
+    ({"arithmetic": "int8", "strategy": "fsdp", "devices": 2}, {}, A5000, "whole", {}),
+    ({"arithmetic": "int8"}, {"lora": {"dora": True}}, A5000, "plain LoRA", {}),
+    ({"arithmetic": "int8"}, {}, A5000, "none that", {"shape": replace(LLAMA, family="gemma2")}),
+    ({"arithmetic": "fp8"}, {}, A5000, "8.9", {}),
     ({"strategy": "zero1", "devices": 2, "device": "cpu"}, {}, None, "needs GPUs", {}),
 ]  # fmt: skip
 

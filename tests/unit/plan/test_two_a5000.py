@@ -2,7 +2,8 @@
 
 Bounds are arithmetic, not measurements: at 100 % of the dense bf16 peak and without recomputation two cards make 6,966
 tokens/s of an 8B LoRA, 4,072 of a 13B, 1,592 of a 34B and 4,202 of Mixtral (4 N + 4 H + 3.5 A FLOP a token), and eager
-kernels make between a tenth and a half of that.
+kernels make between a tenth and a half of that. With the layers' products at the INT8 peak it is 12,386, 7,610 and
+3,038.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from kitaeru.shape import find_shape
 
 PAIR = parse_gpus("2x RTX A5000", "128GB")
 CARD = 25.76e9
+CEILINGS_8_BITS = {
+    "elyza/Llama-3-ELYZA-JP-8B": 12386,
+    "tokyotech-llm/Swallow-13b-hf": 7610,
+    "codellama/CodeLlama-34b-hf": 3038,
+}
 CEILINGS = {
     "elyza/Llama-3-ELYZA-JP-8B": 6966,
     "tokyotech-llm/Swallow-13b-hf": 4072,
@@ -52,7 +58,8 @@ def test_adapters(name: str, method: str) -> None:
     fitting = [candidate for candidate in found.candidates if candidate.fits]
     for candidate in fitting:
         assert max(candidate.device_peaks) < CARD
-        assert rate(candidate) < 0.5 * ceiling
+        eight = candidate.layout.arithmetic == "int8"
+        assert rate(candidate) < (0.6 * CEILINGS_8_BITS[name] if eight else 0.5 * ceiling)
     assert max(map(rate, fitting)) > 0.15 * ceiling
 
 

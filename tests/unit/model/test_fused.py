@@ -1,0 +1,213 @@
+"""The fused layer is the layer: PEFT's own numbers and gradients, exactly in full width and nearly in 8 bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kitaeru.kernels.packed_attention import attend, attend_backward, packed_attention_reference
+from kitaeru.kernels.rows import Arithmetic
+from kitaeru.model import attention
+from kitaeru.model.fused import FusedLayer, fuse, fused_layer, install
+from kitaeru.model.site import UnfitError
+
+LENGTHS = (7, 12, 5)
+TOKENS = sum(LENGTHS)
+
+
+def adapted(kind: str, dtype: torch.dtype = torch.float32, **lora: Any) -> tuple[Any, Any]:
+    attention.register()
+    torch.manual_seed(0)
+    more = {"head_dim": 32} if kind in ("qwen3", "gemma2") else {}
+    config = AutoConfig.for_model(
+        kind, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=160, max_position_embeddings=256, **more,
+    )  # fmt: skip
+    name = attention.NAME if attention.suits(config) else "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or "bias" in parameter_name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.requires_grad_(False)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora
+    whole = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    for parameter_name, parameter in whole.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data = 0.05 * torch.randn_like(parameter)
+    return model, whole
+
+
+def given() -> dict[str, Any]:
+    starts = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+    return {
+        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None], "use_cache": False,
+        "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(LENGTHS), "max_length_k": max(LENGTHS),
+    }  # fmt: skip
+
+
+def run(model: Any, whole: Any, *, frozen_input: bool = False) -> dict[str, Tensor]:
+    """Output, input gradient and every adapter gradient of one packed micro-batch."""
+    whole.zero_grad()
+    ids = torch.randint(0, 160, (1, TOKENS), generator=torch.Generator().manual_seed(3))
+    embedded = model.get_input_embeddings().weight[ids[0]].detach()[None].requires_grad_(not frozen_input)
+    output = model.model(inputs_embeds=embedded, **given()).last_hidden_state
+    (output.float() * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
+    found = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
+    inputs = {} if frozen_input else {"input": embedded.grad.clone()}
+    return {"output": output.detach(), **inputs, **found}
+
+
+def put_on(model: Any, arithmetic: Arithmetic, change: Callable[[FusedLayer], None] = lambda _: None) -> None:
+    for layer in model.model.layers:
+        made = fused_layer(layer, model.config, arithmetic, torch.float32)
+        change(made)
+        install(layer, made)
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_in_full_width_it_is_pefts_layer(kind: str, recompute: bool) -> None:
+    model, whole = adapted(kind)
+    expected = run(model, whole)
+    put_on(model, "16bit", lambda layer: setattr(layer, "recompute", recompute))
+    got = run(model, whole)
+    assert got.keys() == expected.keys()
+    assert len(got) == 2 + 2 * 2 * 7
+    for name in expected:
+        assert apart(got[name], expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("arithmetic", ["fp8", "int8"])
+@pytest.mark.parametrize("keep8", [False, True])
+def test_in_8_bits_it_is_near(arithmetic: Arithmetic, keep8: bool) -> None:
+    model, whole = adapted("llama")
+    expected = run(model, whole)
+    put_on(model, arithmetic, lambda layer: setattr(layer, "keep", arithmetic if keep8 else "16bit"))
+    got = run(model, whole)
+    bound = 0.15 if arithmetic == "fp8" else 0.05
+    assert apart(got["output"], expected["output"]) < bound
+    assert apart(got["input"], expected["input"]) < bound
+    ours, theirs = (torch.cat([run_of[n].flatten() for n in expected if "lora" in n]) for run_of in (got, expected))
+    assert float(torch.cosine_similarity(ours.double(), theirs.double(), 0)) > (0.98 if arithmetic == "fp8" else 0.997)
+
+
+def test_adapters_on_some_layers_only() -> None:
+    model, whole = adapted("llama", target_modules=["v_proj", "down_proj"])
+    expected = run(model, whole)
+    put_on(model, "16bit")
+    got = run(model, whole)
+    assert len(got) == 2 + 2 * 2 * 2
+    assert all(apart(got[name], expected[name]) < 1e-5 for name in expected)
+
+
+def test_the_first_layer_needs_no_gradient_of_its_input() -> None:
+    model, whole = adapted("llama")
+    expected = run(model, whole, frozen_input=True)
+    put_on(model, "16bit")
+    got = run(model, whole, frozen_input=True)
+    assert all(apart(got[name], expected[name]) < 1e-5 for name in expected)
+
+
+def test_an_optimizer_step_is_seen() -> None:
+    """A fused optimizer tells no version counter: a stale copy of the adapter would train on nothing."""
+    model, whole = adapted("llama")
+    put_on(model, "16bit")
+    before = run(model, whole)["output"]
+    optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=0.1, fused=True)
+    optimizer.step()
+    after = run(model, whole)["output"]
+    for layer in model.model.layers:
+        del layer.forward
+    assert apart(before, after) > 0.01
+    assert apart(after, run(model, whole)["output"]) < 1e-5
+
+
+def test_generation_goes_the_old_way() -> None:
+    model, whole = adapted("llama")
+    model.set_attn_implementation("sdpa")
+    ids = torch.tensor([[5, 6, 7]])
+    expected = whole.generate(input_ids=ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids))
+    put_on(model, "16bit")
+    got = whole.generate(input_ids=ids, max_new_tokens=5, do_sample=False, attention_mask=torch.ones_like(ids))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "said"),
+    [
+        ("gemma2", {}, "a part called"),
+        ("llama", {"lora_dropout": 0.1}, "dropout"),
+        ("llama", {"use_dora": True}, "plain LoRA"),
+        ("llama", {"modules_to_save": ["input_layernorm"]}, "trained norm|epsilon"),
+    ],
+)
+def test_what_does_not_fit_is_left_as_it_is(kind: str, lora: dict[str, Any], said: str) -> None:
+    model, _whole = adapted(kind, **lora)
+    with pytest.raises(UnfitError, match=said):
+        fused_layer(model.model.layers[0], model.config, "16bit", torch.float32)
+
+
+def test_fuse_compares_before_it_trusts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _whole = adapted("llama")
+    ids = torch.randint(0, 160, (1, TOKENS), generator=torch.Generator().manual_seed(3))
+
+    def probe() -> None:
+        model.model(input_ids=ids, **given())
+
+    done = fuse(model, "16bit", keep8=False, recompute=False, probe=probe)
+    assert done.why_not is None
+    assert done.layers == {"16bit": 2}
+    for layer in model.model.layers:
+        del layer.forward
+    # A layer that computes something else (here: another scale of attention) is found and nothing is left behind.
+    monkeypatch.setattr(model.model.layers[1].self_attn, "scaling", 0.5)
+    made = fused_layer(model.model.layers[1], model.config, "16bit", torch.float32)
+    monkeypatch.undo()
+    monkeypatch.setattr("kitaeru.model.fused.fused_layer", lambda *_: made)
+    done = fuse(model, "16bit", keep8=False, recompute=False, probe=probe)
+    assert done.why_not is not None
+    assert "off by" in done.why_not
+    assert all("forward" not in vars(layer) or layer.forward.__name__ == "forward" for layer in model.model.layers)
+
+
+def test_a_layer_that_8_bits_hurt_is_computed_in_16() -> None:
+    model, _whole = adapted("llama")
+    with torch.no_grad():  # an outlier in every row of one layer's input: INT8 has a step for it alone
+        model.model.layers[1].input_layernorm.weight[3] = 3000.0
+        model.model.layers[1].self_attn.q_proj.base_layer.weight[:, 3] = 0
+        model.model.layers[1].self_attn.k_proj.base_layer.weight[:, 3] = 0
+        model.model.layers[1].self_attn.v_proj.base_layer.weight[:, 3] = 0
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(model.model.layers[1].self_attn, name).lora_A["default"].weight[:, 3] = 0
+    ids = torch.randint(0, 160, (1, TOKENS), generator=torch.Generator().manual_seed(3))
+    done = fuse(model, "int8", keep8=True, recompute=False, probe=lambda: model.model(input_ids=ids, **given()))
+    assert done.layers == {"int8": 1, "16bit": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(128, 128, 128), (65, 3, 200)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_attention_with_its_passes_apart(lengths: tuple[int, ...], size: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tokens, starts = sum(lengths), torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).cuda()
+    qkv = torch.randn(tokens, 12 * size, generator=generator).cuda().bfloat16()
+    q, k, v = (t.view(tokens, -1, size) for t in qkv.split([8 * size, 2 * size, 2 * size], 1))
+    up = torch.randn(tokens, 8, size, generator=generator).cuda().bfloat16()
+    done = attend(q, k, v, starts, max(lengths), 0.1)
+    got = (done.output, *attend_backward(up, done))
+    leaves = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    expected = packed_attention_reference(*(t.transpose(0, 1)[None] for t in leaves), starts, 0.1)[0].transpose(0, 1)
+    theirs = (expected, *torch.autograd.grad(expected, leaves, up.float()))
+    for ours, exact in zip(got, theirs, strict=True):
+        assert apart(ours, exact) < 0.02
