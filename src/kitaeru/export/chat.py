@@ -19,7 +19,9 @@ from kitaeru.i18n import tr
 from kitaeru.model.generate import Sampling, answer
 from kitaeru.model.load import load_model
 from kitaeru.model.quiet import quiet_libraries
+from kitaeru.model.stream import load_streamed
 from kitaeru.model.tokenizer import load_tokenizer
+from kitaeru.plan.layouts import DISK
 from kitaeru.plan.types import Layout, Plan
 from kitaeru.recipe.types import ModelSection
 
@@ -116,7 +118,7 @@ def _open_run(folder: Path, compare: bool, quantize: str | None) -> Chat:
     layout = _layout(quantize or plan.layout.base)
     if (folder / "adapter").is_dir():
         tokenizer = load_tokenizer(section)
-        base = load_model(section, layout, 0)
+        base = load_model(section, layout, 0) if quantize or plan.layout.variant != DISK else _from_disk(plan, layout)
         tuned = PeftModel.from_pretrained(base, str(folder / "adapter"))
         tuned.eval()
         voices = [Voice(tr("tuned"), base)]
@@ -132,6 +134,16 @@ def _open_run(folder: Path, compare: bool, quantize: str | None) -> Chat:
     raise ModelError(
         tr("{folder} holds no finished result (no adapter/ and no model/).", folder=folder),
         remedy=tr("Finish it with: kitaeru train {folder} --resume", folder=folder),
+    )
+
+
+def _from_disk(plan: Plan, layout: Layout) -> PreTrainedModel:
+    """The base of a run whose layers came from disk, as it was trained."""
+    folder = plan.recipe.limits.offload_folder
+    assert folder is not None
+    device = torch.device("cuda", torch.cuda.current_device()) if layout.device == "cuda" else torch.device("cpu")
+    return load_streamed(
+        plan.recipe.model, base=layout.base, precision=layout.precision, device=device, folder=Path(folder)
     )
 
 

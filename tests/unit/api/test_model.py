@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 
 from kitaeru import JapaneseModel, TrainingResult, load_lora_model
 from kitaeru.errors import ModelError, UsageError
+from kitaeru.export.chat import open_chat
+from kitaeru.model.generate import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,20 @@ def test_parts_on_disk_answer_the_same(tiny_model: Path, tmp_path: Path, trained
     four = JapaneseModel(tiny_model, load_in_4bit=True, offload_folder=tmp_path, max_memory=room | {"cpu": "1MB"})
     assert answered(four).allclose(answered(JapaneseModel(tiny_model, load_in_4bit=True)), atol=1e-5)
     assert list(tmp_path.glob("tiny-nf4-fp32-*/layer-0001.safetensors"))
+
+
+def test_a_run_whose_layers_came_from_disk_is_talked_to(trained: TrainingResult, tmp_path: Path) -> None:
+    """As a run that fitted nowhere else leaves it."""
+    shutil.copytree(trained.folder, tmp_path / "run")
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    plan["chosen"]["layout"]["variant"] = "disk"
+    plan["recipe"]["limits"]["offload_folder"] = str(tmp_path / "offload")
+    (tmp_path / "run" / "plan.json").write_text(json.dumps(plan))
+    chat = open_chat(str(tmp_path / "run"))
+    chat.sampling = Sampling(max_new_tokens=6)
+    said = "".join(chat.say(chat.voices[0], "3番は?"))
+    assert said.strip() == trained.model().generate_japanese("3番は?", max_new_tokens=6)
+    assert list((tmp_path / "offload").glob("*/layer-0001.safetensors"))
 
 
 @pytest.mark.parametrize(
