@@ -24,11 +24,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kitaeru.data.batches import micro_batches
 from kitaeru.engine import build as building
-from kitaeru.engine.build import check_packing
+from kitaeru.engine.build import check_packing, training_device
 from kitaeru.errors import TrainingError
+from kitaeru.hardware import parse_gpus
 from kitaeru.model import attention
 from kitaeru.model.head import distance, forward_arguments, plain_loss
 from kitaeru.parallel.start import hash_frozen
+from kitaeru.plan.types import Candidate, Layout, Plan
+from kitaeru.recipe.types import Recipe
 
 SIZE = {
     "vocab_size": 16384,
@@ -256,3 +259,17 @@ def test_the_passes_are_named_and_in_order(training, chat_data, tiny_model, tmp_
     assert said[0] == "Loading the model"
     assert said[-1] == "Making the optimizer"
     assert len(said) == len(building.PASSES)
+
+
+def test_a_run_on_one_gpu_goes_to_the_roomiest(monkeypatch):
+    chosen = [0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: chosen.append(index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: chosen[-1])
+    wish = Recipe.model_validate({"model": "m", "data": {"train": "d"}})
+    machine = parse_gpus("RTX A4000, RTX A6000").to_dict()
+    alone = Candidate(Layout("single", "lora", "none", "bf16", "keep", 512, "cuda"), {}, 0, True)
+    assert training_device(Plan(wish, alone, hardware=machine)).index == 1
+    pair = Candidate(Layout("ddp", "lora", "none", "bf16", "keep", 512, "cuda", 2), {}, 0, True)
+    chosen[:] = [0]
+    assert training_device(Plan(wish, pair, hardware=machine)).index == 0

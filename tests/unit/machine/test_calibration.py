@@ -18,7 +18,7 @@ from kitaeru.machine.measure import Bench
 from kitaeru.machine.probe import probe
 from kitaeru.plan.calibrate import Profile, cpu_key, profile_path
 from kitaeru.plan.choose import make_plan
-from kitaeru.plan.rates import cpu_rates, link_rates
+from kitaeru.plan.rates import cpu_rates, device_rates, link_rates
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
 
@@ -122,6 +122,16 @@ def test_a_ring_that_was_measured_is_taken() -> None:
     assert (found.bytes_s, found.latency, found.measured) == (pytest.approx(12e9), 1e-4, True)
     # Of four, only a pair was measured: the slowest pair decides.
     assert link_rates(parse_gpus("4x RTX A5000"), 4, profile=profile).bytes_s == pytest.approx(20e9)
+
+
+def test_eight_bits_have_their_own_rate_and_peak() -> None:
+    products = {"bf16": {(8192, 4096): 700.0}, "fp8": {(8192, 4096): 1400.0}, "int8": {(8192, 4096): 90000.0}}
+    profile = Profile(
+        "2026-01-01", dict.fromkeys(("H100 SXM", "RTX A5000"), measure.profile_of({"products": products}))
+    )
+    h100, a5000 = (parse_gpus(name).devices[0] for name in ("H100", "RTX A5000"))
+    assert device_rates(h100, "bf16", profile=profile).eight == pytest.approx(1400e12)
+    assert device_rates(a5000, "bf16", profile=profile).eight == a5000.int8_tops * 1e12  # never above the sheet
 
 
 def test_the_command(little: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
