@@ -218,6 +218,18 @@ def without_p2p(m: Any) -> None:
     m.trials = replace(m.trials, copies=copies, sums=tuple(s for s in sums if s.transport != "p2p"))
 
 
+@ailment(("no-p2p", "note"), mend="topo -m")
+def cards_at_different_sockets(m: Any, d: Any) -> None:
+    without_p2p(m)
+    m.cards[0]["P2PStatus"] = lambda *_: 3
+
+
+@ailment(("no-p2p", "note"), mend="NVreg_RegistryDwords")
+def direct_copies_switched_off_in_the_driver(m: Any, d: Any) -> None:
+    without_p2p(m)
+    m.cards[0]["P2PStatus"] = lambda *_: 4
+
+
 @ailment(("acs", "warning"), mend="setpci -s $b ECAP_ACS+6.w=0000")
 def copies_sent_to_the_root(m: Any, d: Any) -> None:
     without_p2p(m)

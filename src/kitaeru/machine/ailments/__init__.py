@@ -39,6 +39,7 @@ AILMENTS: tuple[Check, ...] = (
     link.slow_link,
     link.bad_signal,
     link.nvlink_down,
+    link.no_direct_copies,
     link.copies_redirected,
     link.copies_wrong,
     link.direct_copies_slow,

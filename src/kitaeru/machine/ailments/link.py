@@ -106,6 +106,24 @@ def nvlink_down(facts: Facts, _: Trials) -> Iterator[Finding]:
             )
 
 
+def no_direct_copies(facts: Facts, _: Trials) -> Iterator[Finding]:
+    """Pairs whose direct copies the driver refuses for a reason that lies in the machine, not in the cards."""
+    places = {1: tr("the chipset"), 3: tr("the way between the sockets"), 4: tr("a setting of the driver")}
+    usable = {gpu.index for gpu in facts.usable}
+    for (a, b), status in facts.p2p.items():
+        if status in places and {a, b} <= usable:
+            yield Finding(
+                "no-p2p",
+                "note",
+                tr("GPU {a} and GPU {b} cannot copy directly: {place} does not allow it.", a=a, b=b,
+                   place=places[status]),
+                tr("They exchange data through the host's memory, at about a third of the speed of the link."),
+                "nvidia-smi topo -m   # " + tr("two slots of one CPU are best")
+                if status != 4
+                else "grep -rn NVreg_RegistryDwords /etc/modprobe.d",
+            )  # fmt: skip
+
+
 def copies_redirected(facts: Facts, trials: Trials) -> Iterator[Finding]:
     """ACS on a bridge, or an IOMMU that translates: P2P copies go astray or hang (nccl 2079, nccl 631)."""
     if len(facts.usable) < 2:
