@@ -21,7 +21,7 @@ LORA = {"lora__dropout": 0.1, "lora__r": 4, "train__neftune_alpha": 5.0}
 
 def options_of(name, method, valid):
     """LoRA's own trials with it; PEFT has no dropout for the stacked experts of a mixture."""
-    lora = {} if method == "full" else LORA | ({"lora__dropout": 0.0} if name == "mixtral" else {})
+    lora = {} if method in ("full", "pretrain") else LORA | ({"lora__dropout": 0.0} if name == "mixtral" else {})
     return {**HARD, **lora, "data__valid": str(valid)}
 
 
@@ -90,6 +90,7 @@ PIPES = {
     [
         ("2 ranks", "llama", "lora"),
         ("2 ranks", "qwen3", "full"),
+        ("2 ranks", "qwen3", "pretrain"),
         ("2 ranks", "gemma", "lora"),
         ("2 ranks", "mixtral", "lora"),
         ("2 ranks", "mixtral", "full"),

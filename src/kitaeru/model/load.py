@@ -15,7 +15,7 @@ from kitaeru.errors import ModelError
 from kitaeru.i18n import tr
 from kitaeru.model import attention
 from kitaeru.model.bundled import bundled_folder
-from kitaeru.model.stages import Share, move, places_of, put_back, send_away, without
+from kitaeru.model.stages import Share, keep_only, move, places_of, put_back, without
 from kitaeru.plan.types import Base, Layout, Precision
 from kitaeru.recipe.types import ModelSection
 
@@ -75,7 +75,7 @@ def load_model(
         except Exception as error:
             raise not_loaded(section, error) from error
         if share is not None:
-            send_away(model, share)
+            return keep_only(model, share, device)
         return move(model, layout.cuts, devices) if devices else model.to(device)
     source = model_source(section)
     _refuse_pickles(source)

@@ -157,16 +157,21 @@ def put_back(model: PreTrainedModel, outline: PreTrainedModel, share: Share) -> 
         setattr(model, names.head, outline.get_submodule(names.head))
 
 
-def send_away(model: PreTrainedModel, share: Share) -> None:
-    """Give up the memory of what `share` does not have."""
+def keep_only(model: PreTrainedModel, share: Share, device: torch.device) -> PreTrainedModel:
+    """Give up the memory of what `share` does not have, and put the rest on a device."""
     names, decoder = anatomy_of(model), decoder_of(model)
     layers = decoder.get_submodule(names.layers)
     parts = [layers.get_submodule(str(i)) for i in range(sum(share.cuts)) if i not in share.layers]
     parts += [] if share.first else [decoder.get_submodule(names.embedding)]
-    parts += [] if share.last else [decoder.get_submodule(name) for name in (*names.tail,)]
+    parts += [] if share.last else [decoder.get_submodule(name) for name in names.tail]
     parts += [] if share.last else [model.get_submodule(names.head)]
     for part in parts:
         part.to("meta")
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if own and not own[0].is_meta:
+            module.to(device)
+    return model
 
 
 # --- one process with several devices ---------------------------------------------------------------------------------
