@@ -205,6 +205,7 @@ class Pricing:
                 continue
             candidate = self._candidate(layout)
             full = not candidate.fits
+            self._remember(candidate)
             yield candidate
             if candidate.fits and not staged:
                 return
@@ -227,15 +228,17 @@ class Pricing:
                 found, low = candidate, middle + 1
             else:
                 high = middle
-        if found.fits:
-            kind = (found.layout.method, found.layout.base)
-            self._fastest[kind] = min(_seconds(found), self._fastest.get(kind, float("inf")))
+        self._remember(found)
         yield found
+
+    def _remember(self, candidate: Candidate) -> None:
+        kind = (candidate.layout.method, candidate.layout.base)
+        self._fastest[kind] = min(_seconds(candidate), self._fastest.get(kind, float("inf")))
 
     def _slower(self, layout: Layout) -> bool:
         """Whether stages could not beat what fits already even if none of them ever waited."""
-        best = self._fastest.get((layout.method, layout.base))
-        if best is None:
+        best = self._fastest.get((layout.method, layout.base), float("inf"))
+        if best == float("inf"):
             return False
         load = self._load(layout)
         count, shape = load.micro_batches(layout), self.problem.shape
@@ -243,7 +246,8 @@ class Pricing:
         fastest = max(self._pace(layout, "likely").devices, key=lambda rates: rates.gemm)
         layer = layer_on(full, shape, load, fastest)
         seconds = shape.layers * (layer.forward + layer.backward).seconds + layer.head.seconds
-        return count * seconds / layout.ranks_per_replica > best * (1 - TIE)
+        at_once = layout.ranks_per_replica if layout.strategy == "pipeline" else 1
+        return count * seconds / at_once > best * (1 - TIE)
 
     def _layouts(self, arrangement: Arrangement, method: MethodKind, base: Base) -> Iterator[list[Layout]]:
         """The layouts of one arrangement and method, in rows that differ by the size of a micro-batch: one for each
