@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 triton: Any = None
 tl: Any = None
 if importlib.util.find_spec("triton") is not None:
-    import triton as triton  # type: ignore[no-redef]
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
 
 
 def use_triton(tensor: Tensor) -> bool:
