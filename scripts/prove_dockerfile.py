@@ -88,8 +88,10 @@ def needed(stages: dict[str, list[tuple[str, str]]], target: str) -> list[str]:
 class Builder:
     """Carries out instructions; one stage after the other in `work`."""
 
-    def __init__(self, work: Path, lent: list[Path], passed: dict[str, str], given: dict[str, str]) -> None:
-        self.work, self.lent, self.passed, self.given = work, lent, passed, given
+    def __init__(
+        self, work: Path, lent: list[Path], passed: dict[str, str], given: dict[str, str], kept: list[str]
+    ) -> None:
+        self.work, self.lent, self.passed, self.given, self.kept = work, lent, passed, given, kept
         self.stages: dict[str, Stage] = {}
         self.outer: dict[str, str] = {}
 
@@ -99,29 +101,33 @@ class Builder:
         for rest in first:
             self.outer |= self.argument(rest)
         for name in needed(stages, target):
-            stage = self.begin(stages[name][0][1], name)
+            kept = name in self.kept and (self.work / name).is_dir()
+            stage = self.begin(stages[name][0][1], name, kept)
             for instruction, rest in stages[name][1:]:
-                self.carry_out(stage, instruction, rest)
+                if not kept or instruction not in ("RUN", "COPY"):
+                    self.carry_out(stage, instruction, rest)
         return self.stages[target]
 
     def argument(self, rest: str) -> dict[str, str]:
         key, _, default = rest.partition("=")
         return {key: self.given.get(key, default.strip('"'))}
 
-    def begin(self, rest: str, name: str) -> Stage:
+    def begin(self, rest: str, name: str, kept: bool) -> Stage:
         base = filled(rest, self.outer).partition(" AS ")[0]
         root = self.work / name
-        shutil.rmtree(root, ignore_errors=True)
-        say(f"FROM {base} AS {name}")
+        say(f"FROM {base} AS {name}" + (" (kept)" if kept else ""))
+        if not kept:
+            shutil.rmtree(root, ignore_errors=True)
         if base in self.stages:
             parent = self.stages[base]
-            subprocess.run(["cp", "-a", "--reflink=auto", parent.root, root], check=True)
+            if not kept:
+                subprocess.run(["cp", "-a", "--reflink=auto", parent.root, root], check=True)
             stage = replace(parent, root=root, environment=dict(parent.environment), arguments={})
         elif base.startswith("debian:"):
             suite = {"12": "bookworm", "13": "trixie"}[base.removeprefix("debian:")[:2]]
-            subprocess.run(
-                ["debootstrap", "--variant=minbase", suite, str(root)], check=True, stdout=subprocess.DEVNULL
-            )
+            if not kept:
+                words = ["debootstrap", "--variant=minbase", suite, str(root)]
+                subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
             stage = Stage(root, {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"})
         else:
             raise SystemExit(f"no base image {base} here")
@@ -249,6 +255,7 @@ def main() -> int:
     parser.add_argument("--lend", type=Path, action="append", default=[])
     parser.add_argument("--env", action="append", default=[])
     parser.add_argument("--build-arg", action="append", default=[])
+    parser.add_argument("--keep", action="append", default=[], help="a stage whose files are there from last time")
     parser.add_argument("--shm", default="1g", help="size of /dev/shm when kitaeru runs")
     parser.add_argument("words", nargs="*")
     given = parser.parse_args()
@@ -258,7 +265,7 @@ def main() -> int:
     passed = {name: os.environ[name] for name in given.env if name in os.environ}
     arguments = dict(pair.split("=", 1) for pair in given.build_arg)
     given.work.mkdir(parents=True, exist_ok=True)
-    builder = Builder(given.work, given.lend, passed, arguments)
+    builder = Builder(given.work, given.lend, passed, arguments, given.keep)
     stage = builder.build((ROOT / "Dockerfile").read_text(encoding="utf-8"), given.target)
     code = 0
     for title, words in (("HEALTHCHECK", stage.health), ("ENTRYPOINT", [*stage.entry, *given.words])):
