@@ -96,6 +96,7 @@ class Training:
         cuts: tuple[int, ...] = (),
         devices: int = 0,
         replicas: int = 1,
+        arithmetic: str = "plain",
         world: World | None = None,
         recipe: Recipe | None = None,
         **changes: Any,
@@ -115,6 +116,7 @@ class Training:
             world.size if world and strategy in ("ddp", "fsdp") else replicas,
             2 if variant == "interleaved" else 1,
             cuts,
+            arithmetic=arithmetic,  # type: ignore[arg-type]
         )
         self.plan = Plan(self.recipe, Candidate(layout, {}, 0, True))
         self.tokenizer = load_tokenizer(self.recipe.model)

@@ -200,6 +200,18 @@ def test_stages_of_a_quantised_base(crew, family, chat_data, tmp_path, base, str
         assert max(answer["bytes"] for answer in answers) < 0.75 * wanted["bytes"]
 
 
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_fused_layers_in_stages(crew, tiny_model, chat_data, tmp_path, activations):
+    options = {"model": tiny_model, "data": chat_data, "method": "qlora", "stop_at": 5, **RUN}
+    options |= {"arithmetic": "16bit", "activations": activations}
+    [wanted] = crew.run(tmp_path / "1", 1, crew.train, folder=tmp_path / "one", **options)
+    how = {"strategy": "pipeline", "variant": "1f1b", "cuts": (1, 1)}
+    answers = crew.run(tmp_path / "2", 2, crew.train, folder=tmp_path / "two", **how, **options)
+    for answer in (wanted, *answers):
+        assert answer["fused"], answer["notices"]
+        assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+
+
 def test_a_rank_may_have_nothing_to_do(crew, family, chat_data, tmp_path):
     """Four ranks, two micro-batches: no rank hangs, and the losses are the single process's."""
     options = {"model": family("llama"), "data": chat_data, "method": "full", "stop_at": 3, **RUN}

@@ -285,10 +285,11 @@ def fuse(model: Any, arithmetic: Arithmetic, *, keep8: bool, recompute: bool, pr
     """
     decoder = getattr(model, model.base_model_prefix)
     compute = model.get_input_embeddings().weight.dtype
-    calls = _calls(decoder.layers, probe)
+    layers = [layer for layer in decoder.layers if not next(layer.parameters()).is_meta]  # another rank has the rest
+    calls = _calls(layers, probe)
     counts: dict[Arithmetic, int] = {}
     removers: list[Callable[[], None]] = []
-    for layer, call in zip(decoder.layers, calls, strict=True):
+    for layer, call in zip(layers, calls, strict=True):
         expected, off = call(layer), 1.0
         for kind in dict.fromkeys((arithmetic, "16bit")):
             try:
