@@ -568,10 +568,14 @@ def _machine(arguments: argparse.Namespace) -> Hardware:
         kept.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
     hardware = Hardware.load(kept)
     if not measured.exists():
-        from kitaeru.machine.calibration import calibrate
-
         started = time.time()
-        calibrate(hardware, measured, quick=True, links=False, tell=lambda title, *_: print(title, flush=True))
+        if hardware.devices:  # in a process of its own, which leaves nothing on the GPU
+            words = ["bench", "--calibrate", "--quick", "--alone", "--output", str(measured)]
+            subprocess.run([sys.executable, "-m", "kitaeru", *words], check=True, stdout=sys.stderr)
+        else:
+            from kitaeru.machine.calibration import calibrate
+
+            calibrate(hardware, measured, quick=True, links=False)
         print(f"calibrated in {time.time() - started:.1f} s", flush=True)
     profile_path().parent.mkdir(parents=True, exist_ok=True)
     profile_path().write_bytes(measured.read_bytes())

@@ -12,6 +12,7 @@ from kitaeru.data.corpus import Corpus
 from kitaeru.engine.memory import peak_bytes
 from kitaeru.engine.optim import set_rate
 from kitaeru.events import Preflight
+from kitaeru.plan.layouts import DISK
 
 if TYPE_CHECKING:
     from kitaeru.engine.loop import Loop
@@ -93,6 +94,8 @@ def _batches(loop: Loop) -> MicroBatches:
     tokens = int(loop.train.lengths[worst].sum())
     of_step = (section.global_batch_tokens or 0) // max(1, tokens) or (section.global_batch_examples or 1) // len(worst)
     wanted = max(PASSES, layout.ranks_per_replica if layout.strategy == "pipeline" else 0)
+    if layout.variant == DISK:  # a pass reads the whole model
+        wanted = 1
     count = max(1, min(wanted * layout.replicas, of_step))
     return MicroBatches(loop.train, [worst] * count)
 

@@ -103,16 +103,25 @@ def products(bench: Bench) -> dict[str, Any]:
     """TFLOP/s of products by arithmetic, rows and width; of an adapter's; of experts'."""
     kinds = ("bf16", "fp16", "tf32", "fp32", "fp8", "int8") if bench.on_gpu else ("bf16", "fp32")
     rows, widths = GPU_SIZES if bench.on_gpu else CPU_SIZES
+    usual = _usual(bench)
     found: dict[str, dict[tuple[float, ...], float]] = {}
     for kind in kinds:
-        # One size tells whether the others are worth a look, and is all that a rare arithmetic gets when time is short.
-        few = bench.quick and kind not in ("bf16", "fp32")
+        # One size is all that an arithmetic gets in which nothing is trained by default, when time is short.
+        few = bench.quick and kind not in usual
         for m in rows[-1:] if few else rows:
             for width in widths[-2:-1] if few else widths:
                 rate = _product(bench, kind, m, width)
                 if rate:
                     found.setdefault(kind, {})[float(m), float(width)] = _short(rate)
     return {"products": found, "skinny_tflops": _skinny(bench), "grouped_tflops": _grouped(bench)}
+
+
+def _usual(bench: Bench) -> tuple[str, ...]:
+    """The arithmetic of training on the device, and its 8 bits."""
+    if not bench.on_gpu:
+        return ("fp32", "bf16")
+    capability = torch.cuda.get_device_capability(bench.device)
+    return ("bf16" if bench.dtype == torch.bfloat16 else "fp16", "fp8" if (9, 0) <= capability < (12, 0) else "int8")
 
 
 def _product(bench: Bench, kind: str, m: int, width: int) -> float:
