@@ -1,0 +1,139 @@
+"""Equal loss: the bundled model trained with its frozen products in 8 bits, and plainly, on the same Japanese data.
+
+    python benchmarks/equal_loss.py --data ja-instruct/train.jsonl --valid ja-instruct/valid.jsonl \
+        --out benchmarks/results/equal-loss-h100.csv
+
+Each run is a real QLoRA run of the command line; those of one seed see the same examples in the same order from the
+same adapter. What counts: the mean training loss of the last fifth of the steps, and the validation loss at the end,
+each against the plain run of the same seed, and how far seeds lie apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from kitaeru import events
+
+FIELDS = ("arithmetic", "seed", "steps", "train_loss", "valid_loss", "valid_loss_before", "seconds", "device", "date")
+
+
+def command(arithmetic: str, seed: int, run: Path, arguments: argparse.Namespace) -> list[str]:
+    settings = {
+        "data.valid": arguments.valid,
+        "data.seq_len": min(1024, arguments.tokens),
+        "train.arithmetic": arithmetic,
+        "train.seed": seed,
+        "train.max_steps": arguments.steps,
+        "train.global_batch_tokens": arguments.tokens,
+        "limits.micro_batch_tokens": arguments.tokens,
+        "train.eval_every": arguments.steps,
+        "train.eval_max_examples": arguments.valid_examples,
+        "train.save_every": arguments.steps,
+        "train.keep_best": "false",
+        "samples.count": 0,
+        "track.tensorboard": "false",
+    }
+    words = [sys.executable, "-m", "kitaeru", "train", "bundled", "--data", str(arguments.data), "--method", "qlora"]
+    words += ["--plain", "--output", str(run)]
+    return words + [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+
+
+def row_of(arithmetic: str, seed: int, run: Path, most: int) -> dict[str, object] | None:
+    """What a run came to in its first `most` steps; None where it has none yet."""
+    path = run / "events.jsonl"
+    seen = list(events.read(path)) if path.exists() else []
+    steps = [e for e in seen if isinstance(e, events.Step)][:most]
+    if not steps:
+        return None
+    checked = {e.step: e.loss for e in seen if isinstance(e, events.Evaluated)}
+    begun = next(e for e in seen if isinstance(e, events.RunStarted))
+    last = steps[-max(1, len(steps) // 5) :]
+    return {
+        "arithmetic": arithmetic,
+        "seed": seed,
+        "steps": len(steps),
+        "train_loss": round(statistics.mean(e.loss for e in last), 6),
+        "valid_loss": round(checked[len(steps)], 6) if len(steps) in checked else "",
+        "valid_loss_before": round(checked[0], 6) if 0 in checked else "",
+        "seconds": round(steps[-1].time - begun.time, 1),
+        "device": begun.device,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def verdict(rows: list[dict[str, object]]) -> list[str]:
+    """For each arithmetic and kind of loss: the mean gap to plain, seed by seed, beside the spread of plain's seeds."""
+    found = []
+    for kind in ("train_loss", "valid_loss"):
+        losses = {(r["arithmetic"], r["seed"]): float(str(r[kind])) for r in rows if r[kind] != ""}
+        plain = {seed: loss for (arithmetic, seed), loss in losses.items() if arithmetic == "plain"}
+        spread = statistics.stdev(plain.values()) / statistics.mean(plain.values()) if len(plain) > 1 else 0.0
+        for name in dict.fromkeys(str(r["arithmetic"]) for r in rows if r["arithmetic"] != "plain"):
+            gaps = [losses[name, seed] / plain[seed] - 1 for seed in plain if (name, seed) in losses]
+            if gaps:
+                mean = statistics.mean(gaps)
+                found.append(f"{kind} {name}: {mean:+.3%} of plain's (seeds lie {spread:.3%} apart), {len(gaps)} seeds")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--valid", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/equal-loss"))
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--tokens", type=int, default=4096, help="of a step")
+    parser.add_argument("--valid-examples", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arithmetic", nargs="+", default=["plain", "fp8", "int8"])
+    parser.add_argument("--at-once", type=int, default=9, help="runs side by side")
+    parser.add_argument("--seconds", type=float, default=1e9, help="for everything")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    todo = [(kind, seed) for seed in range(arguments.seeds) for kind in arguments.arithmetic]
+    every = list(todo)
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    until = time.monotonic() + arguments.seconds
+    while (todo or running) and time.monotonic() < until:
+        while todo and len(running) < arguments.at_once:
+            kind, seed = todo.pop(0)
+            run = arguments.work / f"{kind}-{seed}"
+            shutil.rmtree(run, ignore_errors=True)
+            log = run.with_suffix(".log").open("w")
+            running[kind, seed] = subprocess.Popen(
+                command(kind, seed, run, arguments), stdout=log, stderr=subprocess.STDOUT
+            )
+        time.sleep(0.5)
+        for key, process in list(running.items()):
+            if process.poll() is not None:
+                del running[key]
+                if process.returncode:
+                    said = (arguments.work / f"{key[0]}-{key[1]}.log").read_text()[-600:]
+                    print(f"{key}: exit code {process.returncode}", said, file=sys.stderr)
+    for process in running.values():
+        process.kill()
+    # A run that was cut off is compared over the steps that all have made.
+    found = [row_of(*key, arguments.work / f"{key[0]}-{key[1]}", arguments.steps) for key in every]
+    common = min((int(str(row["steps"])) for row in found if row), default=0)
+    again = [row_of(*key, arguments.work / f"{key[0]}-{key[1]}", common) for key in every]
+    rows = [row for row in again if row]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print(row)
+    print("\n".join(verdict(rows)))
+
+
+if __name__ == "__main__":
+    main()
