@@ -239,7 +239,7 @@ def _disk_keeps_frozen_layers(case: Case) -> str | None:
     return None
 
 
-FUSED_STRATEGIES = ("single", "ddp")
+FUSED_STRATEGIES = ("single", "ddp", "pipeline")
 
 
 def _fused_layers_are_known(case: Case) -> str | None:
