@@ -58,25 +58,32 @@ ITEMS: dict[str, str] = {
 
 
 def head_bytes(layout: Layout, shape: ModelShape) -> int:
-    """The loss head at its peak: 32-bit chunks of logits, what the head reads, and its gradient.
+    """The loss head at its peak: a chunk of logits, what the head reads, and its gradient.
 
-    In 16 bits a chunk's logits and gradient still stand while the next one's are made: 12 bytes a logit; in 32 bits
-    8. A soft cap doubles that. A trained head adds its gradient in 32 bits, and under autocast its 16-bit copy and a
-    product.
+    On a GPU in 16 bits the gradient takes the logits' place: 2 bytes a logit. Else logits are in 32 bits; in 16 a
+    chunk's logits and gradient still stand while the next one's are made: 12 bytes a logit; in 32 bits 8. A soft cap
+    doubles that. A trained head adds its gradient in 32 bits, and under autocast its 16-bit copy and a product.
 
     >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
     >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda")
     >>> head_bytes(layout, llama) // 2**20
-    823
+    197
     """
     tokens, h, vocab, c = layout.micro_batch_tokens, shape.hidden, shape.vocab, compute_bytes(layout)
     rows = min(HEAD_CHUNK_ROWS, tokens)
-    copies = (3 if tokens > rows and c == 2 else 2) * (2 if shape.final_softcap else 1)
+    copies = 4 * (3 if tokens > rows and c == 2 else 2) * (2 if shape.final_softcap else 1)
+    if head_in_place(layout, shape):
+        copies = 2
     total = 2 * tokens * h * residual_bytes(layout) + rows * h * 2 * c
     if not trains_all(layout):
-        return total + rows * vocab * 4 * copies
+        return total + rows * vocab * copies
     casts = c * (vocab + tokens) * h if c == 2 else 0
-    return total + casts + 4 * vocab * h + max(rows * vocab * 4 * copies, rows * vocab * (4 + c) + c * vocab * h)
+    return total + casts + 4 * vocab * h + max(rows * vocab * copies, rows * vocab * (4 + c) + c * vocab * h)
+
+
+def head_in_place(layout: Layout, shape: ModelShape) -> bool:
+    """Whether one kernel turns logits into their gradient where they lie (kernels.linear_cross_entropy)."""
+    return layout.device == "cuda" and compute_bytes(layout) == 2 and not shape.final_softcap
 
 
 def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[int, int]:

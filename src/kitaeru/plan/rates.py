@@ -99,10 +99,12 @@ class Measured:
 @dataclass(frozen=True)
 class Rates:
     """Rates of one device: FLOP/s by kind of work, bytes/s by kind of traffic, seconds of its host. `peak_flops` is the
-    sheet's dense rate in the arithmetic of the plan. What was `measured` has rates by size (`sized`).
+    sheet's dense rate in the arithmetic of the plan, `peak_eight` that in 8 bits. What was `measured` has rates by size
+    (`sized`).
     """
 
     peak_flops: float
+    peak_eight: float
     gemm: float
     eight: float
     skinny: float
@@ -153,6 +155,7 @@ def device_rates(device: Device, precision: Precision, case: str = "likely", pro
     bus = 2.0 ** (device.pcie_generation - 4) * 2 * (device.pcie_width or 16) if device.pcie_generation else 16.0
     rates = Rates(
         peak_flops=peak,
+        peak_eight=_eight_peak(device, peak),
         gemm=peak * GEMM.at(case),
         eight=_eight_peak(device, peak) * EIGHT[kind].at(case),
         skinny=peak * SKINNY.at(case),
@@ -228,6 +231,7 @@ def cpu_rates(
     memory = HOST_MEMORY_GB_S.at(case) * GIGA / processes / 2
     rates = Rates(
         peak_flops=cores * CPU_PEAK_PER_CORE,
+        peak_eight=cores * CPU_PEAK_PER_CORE,
         gemm=flops,
         eight=flops / 20,
         skinny=flops / 2,

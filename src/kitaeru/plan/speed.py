@@ -353,6 +353,11 @@ def _stages_seconds(
 # --- the answer -------------------------------------------------------------------------------------------------------
 
 
+def _peak(layout: Layout, rates: Rates) -> float:
+    """The sheet's rate of what most of the arithmetic is done in."""
+    return rates.peak_eight if layout.arithmetic in ("fp8", "int8") else rates.peak_flops
+
+
 def speed_of(layout: Layout, shape: ModelShape, load: Load, cases: tuple[Pace, Pace, Pace]) -> Speed:
     """Tokens a second and what is behind them; `cases` are the rates at likely, low and high."""
     likely, low, high = cases
@@ -366,7 +371,7 @@ def speed_of(layout: Layout, shape: ModelShape, load: Load, cases: tuple[Pace, P
         low=min(rate, *bounds),
         high=max(rate, *bounds),
         micro_batches=load.micro_batches(layout),
-        mfu=flops * rate / sum(rates.peak_flops for rates in likely.devices),
+        mfu=flops * rate / sum(_peak(layout, rates) for rates in likely.devices),
         idle=tuple(round(share, 4) for share in found.idle),
         parts={kind: found.parts[kind] for kind in PARTS if found.parts.get(kind)},
         source=likely.source,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kitaeru.plan import fused
-from kitaeru.plan.memory import HEAD_CHUNK_ROWS
+from kitaeru.plan.memory import HEAD_CHUNK_ROWS, head_in_place
 from kitaeru.plan.stored import Setting, adapted, adapts_experts, compute_bytes, residual_bytes, trains_all
 from kitaeru.plan.types import Layout
 from kitaeru.shape import ModelShape
@@ -109,20 +109,21 @@ def layer_backward(layout: Layout, shape: ModelShape, setting: Setting, typical:
 
 
 def head_forward(layout: Layout, shape: ModelShape) -> Work:
-    """The output head and the loss, whose gradient is formed in the forward pass: chunks of rows, logits in 32 bits.
+    """The output head and the loss, whose gradient is formed in the forward pass: chunks of rows.
 
-    A logit is written, cast, summed, subtracted, raised and cast back: 36 bytes. A trained head adds each chunk's
+    On a GPU in 16 bits a logit is read twice and written once: 6 bytes. Else logits are in 32 bits: written, cast,
+    summed, subtracted, raised and cast back: 36 bytes. A trained head adds each chunk's
     product to its gradient in 32 bits. Every token counts as trained.
     """
     tokens, table = layout.micro_batch_tokens, shape.vocab * shape.hidden
     chunks = -(-tokens // HEAD_CHUNK_ROWS)
     gradient = 14.0 * table * chunks + 6 * table if trains_all(layout) else 0.0
-    caps = 20 if shape.final_softcap else 0
+    moved = 6.0 if head_in_place(layout, shape) else 56.0 if shape.final_softcap else 36.0
     return Work(
         gemm=(6 if trains_all(layout) else 4) * table * tokens,
-        eager=tokens * shape.vocab * (36.0 + caps) + 40.0 * tokens * shape.hidden,
+        eager=tokens * shape.vocab * moved + 40.0 * tokens * shape.hidden,
         stream=gradient,
-        operations=20.0 * chunks + 20,
+        operations=(6.0 if head_in_place(layout, shape) else 20.0) * chunks + 20,
     )
 
 
