@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from kitaeru.i18n import tr
 from kitaeru.kernels.adapter import project
 from kitaeru.kernels.gated import Activation, Kept, gated, gated_backward
 from kitaeru.kernels.norm import norm, norm_backward
@@ -189,18 +190,18 @@ def fused_layer(layer: Any, config: PretrainedConfig, arithmetic: Arithmetic, co
         first, second = layer.input_layernorm, layer.post_attention_layernorm
         head_dim, scale = attention.head_dim, attention.scaling
     except AttributeError as error:
-        raise UnfitError(f"no {error.name}") from error
+        raise UnfitError(tr("a layer without {name}", name=error.name)) from error
     extra = {name for name, _ in layer.named_children()} - {
         "self_attn", "mlp", "input_layernorm", "post_attention_layernorm",
     }  # fmt: skip
     if extra:
-        raise UnfitError(f"a part called {min(extra)}")
+        raise UnfitError(tr("a part called {name}", name=min(extra)))
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
     norms = [n for n in (first, second, q_norm, k_norm) if n is not None]
     if any(n.weight.requires_grad for n in norms):
-        raise UnfitError("a trained norm")
+        raise UnfitError(tr("a norm that is trained"))
     if (q_norm is None) != (k_norm is None) or (q_norm is not None and q_norm.weight.shape != (head_dim,)):
-        raise UnfitError("a norm over all heads")
+        raise UnfitError(tr("a norm over all heads"))
     kv = config.num_key_value_heads
     heads = Heads(
         config.num_attention_heads, kv, head_dim,
@@ -208,7 +209,7 @@ def fused_layer(layer: Any, config: PretrainedConfig, arithmetic: Arithmetic, co
         1e-6 if q_norm is None else _eps(q_norm),
     )  # fmt: skip
     if _eps(first) != _eps(second):
-        raise UnfitError("two norms of different kinds")
+        raise UnfitError(tr("two norms of different kinds"))
     return FusedLayer(
         qkv=site_of(projections, arithmetic, compute),
         out=site_of((attention.o_proj,), arithmetic, compute),
@@ -228,7 +229,7 @@ def _eps(module: Any) -> float:
         value = getattr(module, name, None)
         if isinstance(value, float):
             return value
-    raise UnfitError("a norm without an epsilon")
+    raise UnfitError(tr("a norm without an epsilon"))
 
 
 def _activation(mlp: Any) -> Activation:
@@ -237,7 +238,7 @@ def _activation(mlp: Any) -> Activation:
         return "silu"
     if kind is type(ACT2FN["gelu_pytorch_tanh"]):
         return "gelu_tanh"
-    raise UnfitError(f"the activation {kind.__name__}")
+    raise UnfitError(tr("the activation {name}", name=kind.__name__))
 
 
 def install(layer: Any, fused: FusedLayer) -> Callable[[], None]:
@@ -307,7 +308,7 @@ def fuse(model: Any, arithmetic: Arithmetic, *, keep8: bool, recompute: bool, pr
             remove()
         else:
             _take_off(removers)
-            return Fusing({}, f"a fused layer is off by {off:.2f}")
+            return Fusing({}, tr("a fused layer is off by {share:.0%}", share=off))
     return Fusing(counts)
 
 

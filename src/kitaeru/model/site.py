@@ -15,8 +15,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from kitaeru.i18n import tr
 from kitaeru.kernels.adapter import outer, project
-from kitaeru.kernels.frozen import NF4_BLOCK, Scales, Stored, expand, scales_of
+from kitaeru.kernels.frozen import NF4_BLOCK, Scales, Stored, expand, scales_of, write_adapter
 from kitaeru.kernels.product import product
 from kitaeru.kernels.rows import Arithmetic, Rows, extra_columns, storage
 
@@ -33,7 +34,7 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class UnfitError(Exception):
-    """Why a module is left as it is, for the log: never an error."""
+    """Why a module is left as it is, for people: the run goes on."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,24 @@ class Member:
 
 @dataclass
 class Site:
-    """Linear layers that share their input, in one arithmetic."""
+    """Linear layers that share their input, in one arithmetic.
+
+    `holds`: expanded weights are held once they are made, 1 or 2 bytes a weight for each pass, instead of for one
+    product; by default on a CPU, whose references expand slowly.
+    """
 
     members: tuple[Member, ...]
     arithmetic: Arithmetic
     compute: torch.dtype
+    holds: bool = False
     scales: Scales = field(init=False)
     _seen: tuple[int, ...] = ()
     _thin: tuple[Tensor, Tensor] | None = None
+    _held: dict[bool, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scales = scales_of([m.stored for m in self.members], self.dtype)
+        self.holds = self.holds or self.members[0].stored.data.device.type == "cpu"
         biases = [m.bias for m in self.members]
         whole = None
         if any(bias is not None for bias in biases):
@@ -113,28 +121,39 @@ class Site:
 
     def forward(self, x: Rows) -> tuple[Tensor, Tensor | None]:
         """The result [T, N], and x A^T [T, R] for `gradients`. Writes the further columns of x."""
-        weights = [m.stored for m in self.members]
         if not self.rank:
-            w = expand(weights, self.scales.forward, x.data, 0, self.dtype, transposed=False)
+            w = self._expanded(x.data, transposed=False)
             return self._biased(product(x, w, self.scales.forward, self.compute)), None
         down, up = self.thin()
         thin = project(x, down)
-        w = expand(weights, self.scales.forward, up.T, self.extra, self.dtype, transposed=False)
+        w = self._expanded(up.T, transposed=False)
         apart = None if self.extra else (thin, up.T)
         return self._biased(product(x, w, self.scales.forward, self.compute, apart)), thin
 
     def backward(self, dy: Rows, *, needs_input: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """The gradient of x [T, K] (if it is needed), and that of x A^T [T, R]. Writes the further columns of dy."""
-        weights = [m.stored for m in self.members]
         thin, down, up = None, dy.data, dy.data
         if self.rank:
             down, up = self.thin()
             thin = project(dy, up)
         if not needs_input:
             return None, thin
-        w = expand(weights, self.scales.backward, down.T, self.extra, self.dtype, transposed=True)
+        w = self._expanded(down.T, transposed=True)
         apart = None if self.extra or thin is None else (thin, down.T)
         return product(dy, w, self.scales.backward, self.compute, apart), thin
+
+    def _expanded(self, adapter: Tensor, *, transposed: bool) -> Tensor:
+        """The weights as the product of one pass reads them, the adapter's columns beside them."""
+        scale = self.scales.backward if transposed else self.scales.forward
+        held = self._held.get(transposed)
+        if held is None:
+            weights = [m.stored for m in self.members]
+            held = expand(weights, scale, adapter, self.extra, self.dtype, transposed=transposed)
+            if self.holds:
+                self._held[transposed] = held
+        elif self.extra:
+            write_adapter(adapter, scale, held, held.shape[1] - self.extra, weight=True)
+        return held
 
     def gradients(self, x: Rows, thin: Tensor | None, dthin: Tensor | None, dy: Rows) -> list[Tensor]:
         """The gradients of `parameters`, fp32."""
@@ -168,16 +187,16 @@ def _member(module: Any) -> Member:
         return Member(*_base(module))
     names = module.active_adapters
     if len(names) != 1 or module.merged:
-        raise UnfitError(f"{len(names)} adapters")
+        raise UnfitError(tr("{count} adapters on one layer", count=len(names)))
     name = names[0]
     dropout = module.lora_dropout[name]
     if not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0:
-        raise UnfitError("adapter dropout")
+        raise UnfitError(tr("dropout in the adapter"))
     if module.lora_variant or module.lora_bias.get(name):
-        raise UnfitError("an adapter that is not a plain LoRA")
+        raise UnfitError(tr("an adapter that is not a plain LoRA"))
     a, b = module.lora_A[name], module.lora_B[name]
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
-        raise UnfitError("an adapter that is not a plain LoRA")
+        raise UnfitError(tr("an adapter that is not a plain LoRA"))
     stored, bias = _base(module.get_base_layer())
     return Member(stored, bias, a.weight, b.weight, float(module.scaling[name]))
 
@@ -186,10 +205,10 @@ def _base(module: Any) -> tuple[Stored, Tensor | None]:
     kind = type(module).__name__
     weight, bias = module.weight, getattr(module, "bias", None)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise UnfitError("a trained base weight")
+        raise UnfitError(tr("a base weight that is trained"))
     shape = (module.out_features, module.in_features)
     if shape[1] % NF4_BLOCK or shape[0] % 16:
-        raise UnfitError(f"a weight of {shape[0]} x {shape[1]}")
+        raise UnfitError(tr("a weight of {rows} x {columns}", rows=shape[0], columns=shape[1]))
     if kind == "Linear" and type(module) is nn.Linear:
         return Stored("16bit", shape, weight.data), bias
     if kind == "Linear8bitLt":
@@ -197,11 +216,11 @@ def _base(module: Any) -> tuple[Stored, Tensor | None]:
         data = weight.data if weight.data.dtype == torch.int8 else state.CB
         absmax = state.SCB if state.SCB is not None else getattr(weight, "SCB", None)
         if data is None or absmax is None:
-            raise UnfitError("an 8-bit weight that is not there yet")
+            raise UnfitError(tr("an 8-bit weight that is not there yet"))
         return Stored("int8", shape, data, absmax.float()), bias
     state = getattr(weight, "quant_state", None)
     if kind != "Linear4bit" or state is None or state.quant_type != "nf4" or state.blocksize != NF4_BLOCK:
-        raise UnfitError(f"a base layer of type {kind}")
+        raise UnfitError(tr("a base layer of type {kind}", kind=kind))
     if not state.nested:
         return Stored("nf4", shape, weight.data, state.absmax.float(), state.code.float()), bias
     inner = state.state2

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from kitaeru.i18n import tr
 from kitaeru.plan.decide import decide_seq_len
+from kitaeru.plan.layouts import illegal
 from kitaeru.plan.memory import memory_items
 from kitaeru.plan.problem import GB, Problem, free_bytes, global_tokens, needed_bytes, setting_of
 from kitaeru.plan.stored import compute_bytes, trained_parameters, trains_all
@@ -23,6 +24,8 @@ def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
         yield Decision("strategy", layout.strategy, _why_strategy(problem, chosen))
     if recipe.train.precision == "auto":
         yield Decision("train.precision", layout.precision, _why_precision(problem))
+    if recipe.train.arithmetic == "auto":
+        yield Decision("train.arithmetic", layout.arithmetic, _why_arithmetic(problem, layout))
     if recipe.method == "auto":
         yield Decision("method", layout.method, _why_method(problem, layout))
     if recipe.model.quantize == "auto":
@@ -96,11 +99,34 @@ def _why_micro(problem: Problem, chosen: Candidate) -> str:
     )
 
 
+def _arithmetic_sentences(layout: Layout) -> Iterator[str]:
+    if layout.arithmetic in ("fp8", "int8"):
+        yield tr(
+            "Frozen weights are multiplied in {kind}; in 16 bits with --set train.arithmetic=16bit.",
+            kind=layout.arithmetic.upper(),
+        )
+
+
+def _why_arithmetic(problem: Problem, layout: Layout) -> str:
+    if layout.arithmetic in ("fp8", "int8"):
+        return tr(
+            "Frozen weights are multiplied in 8 bits, each layer in one operation; layers that lose too much are found "
+            "before the first step and computed in 16. In 16 bits everywhere: --set train.arithmetic=16bit"
+        )
+    reason = illegal(replace(layout, arithmetic="int8"), problem.recipe, problem.device, problem.shape)
+    return reason or tr("The model's own code; fused kernels are for GPUs.")
+
+
 def _why_activations(problem: Problem, chosen: Candidate) -> str:
     if chosen.layout.activations == "keep":
         kept = chosen.memory.get("activations", 0) / GB
         return tr("Everything the backward pass needs fits ({size:.1f} GB), so nothing is computed twice.", size=kept)
     items = memory_items(replace(chosen.layout, activations="keep"), problem.shape, setting_of(problem, chosen.layout))
+    if chosen.layout.activations == "keep8":
+        return tr(
+            "Gate and up are kept in 8 bits, so nothing is computed twice; in full it would take {size:.1f} GB.",
+            size=sum(items.values()) / GB,
+        )
     return tr(
         "Keeping everything would take {size:.1f} GB, so layers are computed twice instead.",
         size=sum(items.values()) / GB,
@@ -127,6 +153,7 @@ def why_chosen(problem: Problem, chosen: Candidate, link: str = "", faster: Cand
             share=trained / total,
         ),
         *_speed_sentences(chosen),
+        *_arithmetic_sentences(layout),
         *_sharing_sentences(problem, chosen, link),
     ]
     if faster is not None and faster.layout.method != layout.method:

@@ -149,7 +149,7 @@ def test_generation_goes_the_old_way() -> None:
         ("gemma2", {}, "a part called"),
         ("llama", {"lora_dropout": 0.1}, "dropout"),
         ("llama", {"use_dora": True}, "plain LoRA"),
-        ("llama", {"modules_to_save": ["input_layernorm"]}, "trained norm|epsilon"),
+        ("llama", {"modules_to_save": ["input_layernorm"]}, "that is trained|epsilon"),
     ],
 )
 def test_what_does_not_fit_is_left_as_it_is(kind: str, lora: dict[str, Any], said: str) -> None:
