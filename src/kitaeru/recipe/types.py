@@ -254,7 +254,7 @@ class TrainSection(Section):
         "auto",
         description=N_(
             "How the products with frozen weights are computed under an adapter: in 8 bits (`fp8` from compute capability "
-            "9.0, `int8` from 8.0) or in 16 bits (`16bit`), both with every layer fused into one operation, or `plain`, by the "
+            "8.9, `int8` from 8.0) or in 16 bits (`16bit`), both with every layer fused into one operation, or `plain`, by the "
             "model's own code. `auto`: the fastest the planner finds for this model and GPU."
         ),
     )
