@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from kitaeru.cli import main
-from kitaeru.report import write_page
+from kitaeru.report.page import write_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SYNTHETIC = Path(__file__).parents[1] / "unit" / "report" / "synthetic.py"

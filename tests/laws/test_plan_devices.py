@@ -110,7 +110,12 @@ def check(found: Survey, candidate: Candidate) -> None:
         assert sum(layout.cuts) == problem.shape.layers
     if layout.device == "cuda" and problem.precision != "fp32":  # never faster than the sheet allows
         devices = [problem.device_of(rank) for rank in range(layout.devices)]
-        rates = [d.fp16_tflops if problem.precision == "fp16" else d.bf16_tflops for d in devices if d]
+        eight = layout.arithmetic in ("fp8", "int8")
+        rates = [
+            max(d.int8_tops, d.fp8_tflops) if eight else d.fp16_tflops if problem.precision == "fp16" else d.bf16_tflops
+            for d in devices
+            if d
+        ]
         assert speed.high * model_flops_per_token(layout, problem.shape, problem.typical) <= sum(rates) * 1e12
 
 

@@ -136,8 +136,14 @@ class Pricing:
         candidates: list[Candidate] = []
         for method, base in ways(self.problem.recipe):
             for arrangement in self._arrangements():
+                whole = False
                 for row in self._layouts(arrangement, method, base):
-                    candidates += self._sizes(row)
+                    if whole and row[0].activations == "keep8":  # no faster, and no need of its room
+                        continue
+                    found = list(self._sizes(row))
+                    largest = row[-1].micro_batch_tokens
+                    whole = whole or any(c.fits and c.layout.micro_batch_tokens == largest for c in found)
+                    candidates += found
         possible = {f"{c.layout.way}/{c.layout.method}" for c in candidates}
         if not candidates:
             raise not_legal(self.problem, list(dict.fromkeys(self.impossible.values())))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kitaeru.plan.stored import adapted
 from kitaeru.plan.types import Layout
@@ -40,6 +41,7 @@ class Group:
         return -(-2 * self.rank // 128) * 128 if layout.arithmetic == "fp8" else -(-self.rank // 64) * 64
 
 
+@lru_cache(maxsize=64)
 def groups(shape: ModelShape, lora: LoraSection) -> tuple[Group, ...]:
     """qkv, o, gate and up, down."""
     linears: dict[str, Linear] = {linear.name: linear for linear in shape.linears()}

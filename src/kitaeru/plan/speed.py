@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import N_
@@ -147,6 +148,7 @@ class Layer:
     head: Took
 
 
+@lru_cache(maxsize=512)
 def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, head: bool = True) -> Layer:
     """What one layer (and the head) takes; `layout.micro_batch_tokens` is what a micro-batch really holds."""
     tokens = layout.micro_batch_tokens

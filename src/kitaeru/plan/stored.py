@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from kitaeru.plan.types import Layout
+from kitaeru.plan.types import Base, Layout
 from kitaeru.recipe.types import LoraSection, Optimizer
 from kitaeru.shape import Linear, ModelShape
 
@@ -48,6 +48,7 @@ def residual_bytes(layout: Layout) -> int:
     return 4 if trains_all(layout) else compute_bytes(layout)
 
 
+@lru_cache(maxsize=64)
 def adapted(shape: ModelShape, lora: LoraSection) -> tuple[Linear, ...]:
     """The linear layers that get an adapter."""
     if "all-linear" in lora.targets:
@@ -69,6 +70,7 @@ def saved_whole(shape: ModelShape, lora: LoraSection) -> int:
 
 
 @lru_cache
+@lru_cache(maxsize=64)
 def adapter_parameters(shape: ModelShape, lora: LoraSection) -> int:
     """Parameters of the adapter: r x (inputs + outputs) for each adapted layer, DoRA's magnitudes, whole modules.
 
@@ -104,13 +106,18 @@ def weight_bytes(layout: Layout, shape: ModelShape) -> tuple[int, int]:
     width = 4 if trains_all(layout) else compute_bytes(layout)
     if layout.variant == "disk":
         return _from_disk(layout, shape, width)
-    if layout.base == "none":
+    return _stored(layout.base, layout.packed_experts, width, shape)
+
+
+@lru_cache(maxsize=64)
+def _stored(base: Base, packed_experts: bool, width: int, shape: ModelShape) -> tuple[int, int]:
+    if base == "none":
         return shape.parameters() * width, 0
-    experts = shape.expert_parameters() if layout.packed_experts else 0
+    experts = shape.expert_parameters() if packed_experts else 0
     rest = (shape.parameters() - shape.linear_parameters() - experts) * width
     stored, scales = experts // 2, experts // NF4_BLOCK + 4 * experts // (NF4_BLOCK * NF4_SECOND_BLOCK)
     for linear in shape.linears():
-        if layout.base == "nf4":
+        if base == "nf4":
             blocks = -(-linear.weights // NF4_BLOCK)
             stored += linear.count * ((linear.weights + 1) // 2)
             scales += linear.count * (blocks + 4 * -(-blocks // NF4_SECOND_BLOCK) + 4 * (16 + 256 + 1))

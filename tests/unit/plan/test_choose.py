@@ -97,7 +97,9 @@ def test_methods_by_room() -> None:
 
 def test_activations_are_kept_where_there_is_room() -> None:
     assert plan("Qwen/Qwen3-0.6B").layout.activations == "keep"
-    assert plan("codellama/CodeLlama-34b-hf").layout.activations == "recompute"
+    assert plan("codellama/CodeLlama-34b-hf").layout.activations == "keep8"
+    plain = {"arithmetic": "plain"}
+    assert plan("codellama/CodeLlama-34b-hf", train=plain).layout.activations == "recompute"
 
 
 def test_a_micro_batch_holds_the_longest_example_and_no_more_than_the_batch() -> None:

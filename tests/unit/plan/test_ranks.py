@@ -82,7 +82,7 @@ def test_stages_hold_their_layers_and_the_early_ones_more_micro_batches() -> Non
     kept = [each["activations"] for each in items]
     assert kept[0] > kept[1] > kept[2] > kept[3]
     assert kept[0] / kept[3] == pytest.approx(4, rel=0.02)
-    assert [name for each in items for name in each if name == "head"] == ["head"]
+    assert not any("head" in each for each in items[:3])
     assert rank_items(replace(made, variant="gpipe"), LLAMA, SETTING, 1, 8)["activations"] > kept[1]
 
 

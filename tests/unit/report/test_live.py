@@ -21,9 +21,9 @@ from rich.console import Console
 
 from kitaeru.events import Notice
 from kitaeru.plan.types import Plan
-from kitaeru.report import live_view, print_samples, print_summary
+from kitaeru.report.closing import print_samples, print_summary
 from kitaeru.report.history import History
-from kitaeru.report.live import LiveView
+from kitaeru.report.live import LiveView, live_view
 from kitaeru.report.plain import PlainView
 
 Make = Callable[..., Path]
@@ -210,7 +210,7 @@ SCRIPT = """
 import sys, time
 from rich.console import Console
 from kitaeru.events import Notice, RunStarted, Step
-from kitaeru.report import live_view
+from kitaeru.report.live import live_view
 
 console = Console()
 with live_view(console) as view:

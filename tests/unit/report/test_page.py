@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from kitaeru.cli import report as verb
 from kitaeru.errors import UsageError
 from kitaeru.i18n import set_language
-from kitaeru.report import write_page
 from kitaeru.report.chart import Chart, Series, figure
 from kitaeru.report.history import History
-from kitaeru.report.page import page
+from kitaeru.report.page import page, write_page
 from kitaeru.report.wording import loss_text
 
 Make = Callable[..., Path]
