@@ -13,8 +13,7 @@ from kitaeru.errors import MissingLibraryError
 from kitaeru.events import Event, Notice
 from kitaeru.events import read as read_events
 from kitaeru.recipe.types import TrackSection
-from kitaeru.report.trackers import trackers
-from kitaeru.report.trackers import Background, Guarded, Tracker
+from kitaeru.report.trackers import Background, Guarded, Tracker, trackers
 
 Make = Callable[..., Path]
 NOTHING = TrackSection(tensorboard=False)
