@@ -20,6 +20,7 @@ PLANNED = (
     "train.learning_rate",
     "train.global_batch_tokens",
     "train.precision",
+    "train.arithmetic",
     "train.warmup_steps",
     "train.eval_every",
     "train.save_every",
