@@ -29,6 +29,7 @@ from kitaeru.kernels.norm import norm, norm_backward
 from kitaeru.kernels.packed_attention import Attended, attend, attend_backward
 from kitaeru.kernels.rotary import Heads, rotate, rotate_backward
 from kitaeru.kernels.rows import Arithmetic, Rows, round_rows, storage
+from kitaeru.model.head import distance
 from kitaeru.model.site import Site, UnfitError, site_of
 
 
@@ -291,7 +292,7 @@ def fuse(model: Any, arithmetic: Arithmetic, *, keep8: bool, recompute: bool, pr
     counts: dict[Arithmetic, int] = {}
     removers: list[Callable[[], None]] = []
     for layer, call in zip(layers, calls, strict=True):
-        expected, off = call(layer), 1.0
+        expected = call(layer)
         for kind in dict.fromkeys((arithmetic, "16bit")):
             try:
                 fused = fused_layer(layer, model.config, kind, compute)
@@ -300,25 +301,22 @@ def fuse(model: Any, arithmetic: Arithmetic, *, keep8: bool, recompute: bool, pr
                 return Fusing({}, str(reason))
             fused.keep, fused.recompute = (kind if keep8 else "16bit"), recompute
             remove = install(layer, fused)
-            off = max(_apart(a, b) for a, b in zip(call(layer), expected, strict=True))
-            if off <= (EXACT if compute == torch.float32 and kind == "16bit" else CLOSE[kind]):
+            offs = [distance(a, b) for a, b in zip(call(layer), expected, strict=True)]
+            bound = EXACT if compute == torch.float32 and kind == "16bit" else CLOSE[kind]
+            if all(off <= bound for off in offs):  # which nan is not
                 removers.append(remove)
                 counts[kind] = counts.get(kind, 0) + 1
                 break
             remove()
         else:
             _take_off(removers)
-            return Fusing({}, tr("a fused layer is off by {share:.0%}", share=off))
+            return Fusing({}, tr("a fused layer is off by {share:.0%}", share=max(offs)))
     return Fusing(counts)
 
 
 def _take_off(removers: list[Callable[[], None]]) -> None:
     for remove in removers:
         remove()
-
-
-def _apart(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 Call = Callable[[Any], tuple[Tensor, Tensor]]

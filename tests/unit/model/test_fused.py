@@ -181,6 +181,20 @@ def test_fuse_compares_before_it_trusts(monkeypatch: pytest.MonkeyPatch) -> None
     assert all("forward" not in vars(layer) or layer.forward.__name__ == "forward" for layer in model.model.layers)
 
 
+def test_a_gradient_that_is_not_finite_is_not_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = adapted("llama")
+    ids = torch.randint(0, 160, (1, TOKENS), generator=torch.Generator().manual_seed(3))
+
+    def broken(upstream: Tensor, done: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = attend_backward(upstream, done)
+        return dq, dk, dv * float("nan")
+
+    monkeypatch.setattr("kitaeru.model.fused.attend_backward", broken)
+    done = fuse(model, "16bit", keep8=False, recompute=False, probe=lambda: model.model(input_ids=ids, **given()))
+    assert done.why_not is not None
+    assert done.layers == {}
+
+
 def test_a_layer_that_8_bits_hurt_is_computed_in_16() -> None:
     model, _whole = adapted("llama")
     with torch.no_grad():  # an outlier in every row of one layer's input: INT8 has a step for it alone
