@@ -17,9 +17,7 @@ from torch import Tensor
 
 from kitaeru.kernels.rows import FP8_MOST, TINY, top
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
-
-NF4_BLOCK = 64
-ABSMAX_BLOCK = 256
+from kitaeru.plan.stored import NF4_BLOCK, NF4_SECOND_BLOCK
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Stored:
         if absmax.dtype == torch.uint8:
             assert self.absmax_code is not None
             assert self.absmax_scale is not None
-            by = self.absmax_scale.repeat_interleave(ABSMAX_BLOCK)[: len(absmax)]
+            by = self.absmax_scale.repeat_interleave(NF4_SECOND_BLOCK)[: len(absmax)]
             absmax = self.absmax_code[absmax.long()] * by + self.absmax_offset
         return (self.code[numbers.long()] * absmax[:, None]).reshape(self.shape)
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.plan.memory import HEAD_CHUNK_ROWS
 
 IGNORED = -100
-CHUNK_ROWS = 512
 
 
 def linear_cross_entropy_reference(
@@ -29,9 +29,9 @@ def linear_cross_entropy_reference(
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
     """The same scalar by chunks of rows, with the gradient formed in the forward pass.
 
-    Rows that do not count never meet the head: prompt tokens cost nothing here. Peak memory is one chunk of fp32
-    logits and one copy of it, `2 * CHUNK_ROWS * V * 4` bytes, and the gradient of `hidden` (and of `weight`, in fp32,
-    when it is trained). On a GPU in 16 bits it is `CHUNK_ROWS * V * 2` bytes: the gradient takes the logits' place.
+    Rows that do not count never meet the head: prompt tokens cost nothing here. In chunks of C = HEAD_CHUNK_ROWS rows,
+    peak memory is one chunk of fp32 logits and one copy of it, 2 C V 4 bytes, and the gradient of `hidden` (and of
+    `weight`, in fp32, when it is trained). On a GPU in 16 bits it is 2 C V bytes: the gradient takes the logits' place.
     """
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, softcap)  # type: ignore[no-untyped-call]
     return loss
@@ -56,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for chunk in rows.split(CHUNK_ROWS):
+        for chunk in rows.split(HEAD_CHUNK_ROWS):
             x, wanted = hidden_compute[chunk], targets[chunk]
             if use_triton(x) and x.dtype != torch.float32 and not softcap:
                 grad = x @ weight_compute.T

@@ -42,8 +42,12 @@ def packed_attention(
     On CUDA in 16 bits, from sm_80: torch's variable-length flash kernel. Elsewhere: torch's SDPA, one example after
     another.
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_flash(query.device):
+    if _in_16_bits(query):
         return _varlen(query, key, value, cu_seqlens, longest, scale)
+    return _by_example(query, key, value, cu_seqlens, scale)
+
+
+def _by_example(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:
     bounds: list[int] = cu_seqlens.tolist()
     gqa = query.shape[1] != key.shape[1]
     if gqa and query.is_cuda:  # no kernel here knows grouped heads, and the fallback for them holds all T x T scores
@@ -98,7 +102,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longes
     inputs = (query.detach().requires_grad_(), key.detach().requires_grad_(), value.detach().requires_grad_())
     with torch.enable_grad():
         if not _in_16_bits(query):
-            output = _by_example(*inputs, cu_seqlens, scale)
+            q, k, v = (t.transpose(0, 1)[None] for t in inputs)
+            output = _by_example(q, k, v, cu_seqlens, scale)[0].transpose(0, 1)
         elif _of_one_length(query, cu_seqlens, longest):
             q, k, v = (t.unflatten(0, (-1, longest)).transpose(1, 2) for t in inputs)
             found = torch.ops.aten._cudnn_attention_forward(
@@ -126,15 +131,3 @@ def _of_one_length(query: Tensor, cu_seqlens: Tensor, longest: int) -> bool:
     """Whether all examples are of one length, known without waiting for the device, and cuDNN's kernel takes them."""
     same = (len(cu_seqlens) - 1) * longest == len(query)
     return same and query.shape[2] in (64, 128) and torch.cuda.get_device_capability(query.device) >= (9, 0)
-
-
-def _by_example(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    gqa = query.shape[1] != key.shape[1]
-    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    pieces = [
-        F.scaled_dot_product_attention(
-            q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=scale, enable_gqa=gqa
-        )
-        for a, b in itertools.pairwise(cu_seqlens.tolist())
-    ]
-    return torch.cat(pieces, dim=2)[0].transpose(0, 1)

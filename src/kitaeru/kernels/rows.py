@@ -51,17 +51,6 @@ def top(dtype: torch.dtype) -> float:
     return {torch.float8_e4m3fn: FP8_TOP, torch.int8: INT8_TOP}.get(dtype, 0.0)
 
 
-def extra_columns(arithmetic: Arithmetic, rank: int) -> int:
-    """E for an adapter whose ranks sum to `rank`: a multiple of 128 bytes in FP8, whose products read aligned rows.
-
-    >>> extra_columns("fp8", 48), extra_columns("16bit", 8), extra_columns("int8", 48)
-    (128, 64, 0)
-    """
-    if not rank or arithmetic == "int8":
-        return 0
-    return -(-2 * rank // 128) * 128 if arithmetic == "fp8" else -(-rank // 64) * 64
-
-
 def empty_rows(tokens: int, width: int, extra: int, dtype: torch.dtype, like: Tensor) -> Rows:
     """Rows to be filled, on the device of `like`."""
     data = torch.empty((tokens, width + extra), dtype=dtype, device=like.device)

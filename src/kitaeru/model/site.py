@@ -17,9 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kitaeru.i18n import tr
 from kitaeru.kernels.adapter import outer, project
-from kitaeru.kernels.frozen import NF4_BLOCK, Scales, Stored, expand, scales_of, write_adapter
+from kitaeru.kernels.frozen import Scales, Stored, expand, scales_of, write_adapter
 from kitaeru.kernels.product import product
-from kitaeru.kernels.rows import Arithmetic, Rows, extra_columns, storage
+from kitaeru.kernels.rows import Arithmetic, Rows, storage
+from kitaeru.plan.fused import extra_columns
+from kitaeru.plan.stored import NF4_BLOCK
 
 # Optimizer steps of this process: a fused optimizer changes weights without telling their version counters.
 _steps = 0
@@ -61,6 +63,7 @@ class Site:
     compute: torch.dtype
     holds: bool = False
     scales: Scales = field(init=False)
+    bias: Tensor | None = field(init=False)
     _seen: tuple[int, ...] = ()
     _thin: tuple[Tensor, Tensor] | None = None
     _held: dict[bool, Tensor] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kitaeru.plan.stored import adapted
-from kitaeru.plan.types import Layout
+from kitaeru.plan.types import Arithmetic, Layout
 from kitaeru.recipe.types import LoraSection
 from kitaeru.shape import Linear, ModelShape
 
@@ -35,10 +35,20 @@ class Group:
     rank: int
 
     def extra(self, layout: Layout) -> int:
-        """Further columns for the adapter (kernels.rows.extra_columns)."""
-        if not self.rank or layout.arithmetic == "int8":
-            return 0
-        return -(-2 * self.rank // 128) * 128 if layout.arithmetic == "fp8" else -(-self.rank // 64) * 64
+        """Further columns for the adapter."""
+        return extra_columns(layout.arithmetic, self.rank)
+
+
+def extra_columns(arithmetic: Arithmetic, rank: int) -> int:
+    """Columns beside a product's own for adapters whose ranks sum to `rank` (kernels.rows): a multiple of 128 bytes,
+    since products read aligned rows.
+
+    >>> extra_columns("fp8", 48), extra_columns("16bit", 8), extra_columns("int8", 48)
+    (128, 64, 0)
+    """
+    if not rank or arithmetic == "int8":
+        return 0
+    return -(-2 * rank // 128) * 128 if arithmetic == "fp8" else -(-rank // 64) * 64
 
 
 @lru_cache(maxsize=64)
@@ -70,7 +80,7 @@ def why_not(shape: ModelShape, lora: LoraSection) -> str | None:
 
 def _number(layout: Layout) -> int:
     """Bytes of a number that a product reads."""
-    return 1 if layout.arithmetic in ("fp8", "int8") else _width(layout)
+    return 1 if layout.in_8_bits else _width(layout)
 
 
 def _width(layout: Layout) -> int:
@@ -86,7 +96,7 @@ def kept_per_token(layout: Layout, shape: ModelShape, lora: LoraSection) -> dict
     >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
     >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep8", 8192, "cuda", arithmetic="fp8")
     >>> sum(kept_per_token(layout, llama, LoraSection(r=16)).values()) // 32
-    58320
+    57976
     """
     n, w, qkv, out, both, down = _number(layout), _width(layout), *groups(shape, lora)
     scale = 4 if n == 1 else 0

@@ -100,7 +100,7 @@ def _why_micro(problem: Problem, chosen: Candidate) -> str:
 
 
 def _arithmetic_sentences(layout: Layout) -> Iterator[str]:
-    if layout.arithmetic in ("fp8", "int8"):
+    if layout.in_8_bits:
         yield tr(
             "Frozen weights are multiplied in {kind}; in 16 bits with --set train.arithmetic=16bit.",
             kind=layout.arithmetic.upper(),
@@ -108,7 +108,7 @@ def _arithmetic_sentences(layout: Layout) -> Iterator[str]:
 
 
 def _why_arithmetic(problem: Problem, layout: Layout) -> str:
-    if layout.arithmetic in ("fp8", "int8"):
+    if layout.in_8_bits:
         return tr(
             "Frozen weights are multiplied in 8 bits, each layer in one operation; layers that lose too much are found "
             "before the first step and computed in 16. In 16 bits everywhere: --set train.arithmetic=16bit"

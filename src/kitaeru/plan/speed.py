@@ -357,7 +357,7 @@ def _stages_seconds(
 
 def _peak(layout: Layout, rates: Rates) -> float:
     """The sheet's rate of what most of the arithmetic is done in."""
-    return rates.peak_eight if layout.arithmetic in ("fp8", "int8") else rates.peak_flops
+    return rates.peak_eight if layout.in_8_bits else rates.peak_flops
 
 
 def speed_of(layout: Layout, shape: ModelShape, load: Load, cases: tuple[Pace, Pace, Pace]) -> Speed:

@@ -48,6 +48,11 @@ class Layout:
     arithmetic: Arithmetic = "plain"
 
     @property
+    def in_8_bits(self) -> bool:
+        """Whether the products with frozen weights are computed in 8 bits."""
+        return self.arithmetic in ("fp8", "int8")
+
+    @property
     def ranks_per_replica(self) -> int:
         """Devices that share one copy of the model's work."""
         return self.devices // self.replicas

@@ -10,7 +10,8 @@ from torch import Tensor
 from kitaeru.kernels.adapter import outer, outer_reference, project, project_reference
 from kitaeru.kernels.frozen import Stored, expand, expand_reference, scales_of
 from kitaeru.kernels.product import product, product_reference
-from kitaeru.kernels.rows import Arithmetic, extra_columns, round_rows, storage
+from kitaeru.kernels.rows import Arithmetic, round_rows, storage
+from kitaeru.plan.fused import extra_columns
 
 from .test_rows_norm_gated_rotary import apart, draw
 

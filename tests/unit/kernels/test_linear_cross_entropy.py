@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kitaeru.kernels.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy, linear_cross_entropy_reference
+from kitaeru.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from kitaeru.plan.memory import HEAD_CHUNK_ROWS as CHUNK_ROWS
 
 
 def case(rows, hidden=24, vocabulary=57, seed=0, dtype=torch.float32):

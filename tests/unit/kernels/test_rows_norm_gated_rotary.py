@@ -16,7 +16,8 @@ from kitaeru.kernels.rotary import (
     rotate_backward_reference,
     rotate_reference,
 )
-from kitaeru.kernels.rows import Arithmetic, Rows, empty_rows, extra_columns, put_rows, round_rows, storage
+from kitaeru.kernels.rows import Arithmetic, Rows, empty_rows, put_rows, round_rows, storage
+from kitaeru.plan.fused import extra_columns
 
 FP8 = torch.float8_e4m3fn
 

@@ -9,7 +9,7 @@ import pytest
 
 MODULES = ("hardware", "shape", "machine.probe", "plan.stored", "plan.activations", "plan.memory", "plan.decide",
            "plan.problem", "plan.ranks", "plan.host", "plan.rates", "plan.work", "plan.pipeline",
-           "plan.what_if")  # fmt: skip
+           "plan.what_if", "plan.fused", "plan.calibrate")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)
