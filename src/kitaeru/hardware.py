@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -63,13 +63,16 @@ class Link:
 
     a: int
     b: int
-    kind: Literal["nvlink", "pcie"]
+    kind: Literal["nvlink", "pcie", "network"]
     gb_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine. `host_free_bytes` is what this process may still take, container limits counted in."""
+    """A machine, or several `hosts` together (`united`). `host_free_bytes` is what this process may still take,
+    container limits counted in; `network_gb_s` what the fastest network interface carries, both directions counted (0:
+    not known).
+    """
 
     devices: tuple[Device, ...] = ()
     links: tuple[Link, ...] = ()
@@ -84,6 +87,8 @@ class Hardware:
     container: str = ""
     described: bool = False
     versions: dict[str, str] = field(default_factory=dict)
+    hosts: int = 1
+    network_gb_s: float = 0.0
 
     def summary(self) -> str:
         """One line for people: `2 x NVIDIA RTX A5000 (24 GB), 128 GB of RAM, 16 cores`."""
@@ -93,7 +98,8 @@ class Hardware:
             counts[key] = counts.get(key, 0) + 1
         parts = [f"{count} x {name} ({size} GB)" for (name, size), count in counts.items()] or [tr("no GPU")]
         ram = tr("{size} GB of RAM", size=round(self.host_ram_bytes / 1e9))
-        return ", ".join([*parts, ram, tr("{count} cores", count=self.cpu_cores)])
+        hosts = [tr("{count} hosts", count=self.hosts)] if self.hosts > 1 else []
+        return ", ".join([*hosts, *parts, ram, tr("{count} cores", count=self.cpu_cores)])
 
     @property
     def roomiest(self) -> Device | None:
@@ -144,6 +150,38 @@ class Hardware:
 def _known(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(cls)}
     return {key: item for key, item in value.items() if key in names}
+
+
+# Where nobody knows what the network carries: ten gigabits a second, both directions counted.
+NETWORK_GB_S = 2.5
+
+
+def united(machines: Sequence[Hardware]) -> Hardware:
+    """Several hosts as one machine to plan for. Devices count on from host to host; those of different hosts are joined
+    by the slowest host's network. RAM and cores are those of all, each as good as the poorest.
+
+    >>> two = united([parse_gpus("2x RTX A5000"), parse_gpus("2x RTX A5000")])
+    >>> two.hosts, [device.index for device in two.devices], [(l.a, l.b, l.kind) for l in two.links if l.b == l.a + 1]
+    (2, [0, 1, 2, 3], [(0, 1, 'pcie'), (1, 2, 'network'), (2, 3, 'pcie')])
+    """
+    devices: list[Device] = []
+    links: list[Link] = []
+    network = min((machine.network_gb_s or NETWORK_GB_S for machine in machines), default=NETWORK_GB_S)
+    for machine in machines:
+        first = len(devices)
+        links += [Link(a, first + b, "network", network) for b in range(len(machine.devices)) for a in range(first)]
+        links += [replace(link, a=first + link.a, b=first + link.b) for link in machine.links]
+        devices += [replace(device, index=first + number) for number, device in enumerate(machine.devices)]
+    return replace(
+        machines[0],
+        devices=tuple(devices),
+        links=tuple(links),
+        host_ram_bytes=len(machines) * min(machine.host_ram_bytes for machine in machines),
+        host_free_bytes=len(machines) * min(machine.host_free_bytes for machine in machines),
+        cpu_cores=len(machines) * min(machine.cpu_cores for machine in machines),
+        hosts=len(machines),
+        network_gb_s=network,
+    )
 
 
 @dataclass(frozen=True)

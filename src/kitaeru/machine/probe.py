@@ -39,7 +39,16 @@ def probe(root: Path = Path("/")) -> Hardware:
         cuda=cuda,
         container=container(root),
         versions=_versions(),
+        network_gb_s=_network(root),
     )
+
+
+def _network(root: Path) -> float:
+    """Both directions of the fastest network interface, GB/s; 0 where the system does not say."""
+    speeds = [_number(path) for path in (root / "sys/class/net").glob("*/speed")]
+    infiniband = [read_text(path).split(" ")[0] for path in (root / "sys/class/infiniband").glob("*/ports/*/rate")]
+    speeds += [1000 * int(float(rate)) for rate in infiniband if rate.replace(".", "").isdigit()]
+    return 2 * max((speed for speed in speeds if 0 < speed < 10**7), default=0) / 8000
 
 
 # --- the host ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kitaeru.hardware import Device, Hardware
+from kitaeru.hardware import NETWORK_GB_S, Device, Hardware
 from kitaeru.i18n import N_
 from kitaeru.plan.calibrate import DeviceProfile, Profile, cpu_key
 from kitaeru.plan.types import Precision
@@ -59,6 +59,7 @@ DEQUANTISE = Factor(0.54, 0.45, 0.65, N_("H100, bitsandbytes: 14336 x 4096 to bf
 PCIE = Factor(0.80, 0.60, 0.85, N_("published: 25 to 26 of 32 GB/s one way with PCIe 4.0 x16; H100: 55 of 64"))
 PCIE_NO_P2P = Factor(0.31, 0.25, 0.40, N_("published: 8 to 12 of 32 GB/s through the host's memory"))
 NVLINK = Factor(0.80, 0.65, 0.90, N_("published: 101.6 of 112.5 GB/s both ways for a pair of GA102"))
+NETWORK = Factor(0.80, 0.50, 0.95, N_("an estimate: what a stream keeps of an interface's rate"))
 # Seconds of the host for one operation of eager PyTorch, and for what surrounds a micro-batch and a step.
 HOST_OPERATION = Factor(
     30e-6, 45e-6, 12e-6, "fitted to 160 ms for a step of two micro-batches of an 8-layer model, H100"
@@ -72,7 +73,7 @@ CPU_FLOPS_PER_CORE = {
 }
 CPU_PEAK_PER_CORE = 500e9
 UNKNOWN_TFLOPS, UNKNOWN_GB_S = 40.0, 400.0
-_LINK_NAMES = {"nvlink": "NVLink", "pcie": "PCIe"}
+_LINK_NAMES = {"nvlink": "NVLink", "pcie": "PCIe", "network": "the network"}
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def cpu_rates(
     """The rates of a CPU, shared by several processes, a profile's where it has this CPU."""
     cores = max(1.0, hardware.cpu_cores / processes)
     flops = cores * CPU_FLOPS_PER_CORE["bf16" if precision == "bf16" else "fp32"].at(case)
-    memory = HOST_MEMORY_GB_S.at(case) * GIGA / processes / 2
+    memory = HOST_MEMORY_GB_S.at(case) * GIGA * hardware.hosts / processes / 2
     rates = Rates(
         peak_flops=cores * CPU_PEAK_PER_CORE,
         peak_eight=cores * CPU_PEAK_PER_CORE,
@@ -260,6 +261,9 @@ def link_rates(hardware: Hardware, count: int, case: str = "likely", profile: Pr
     >>> [round(link_rates(parse_gpus(text), 2).bytes_s / 1e9) for text in ("2x RTX A5000", "2x RTX A5000, nvlink")]
     [26, 45]
     """
+    if hardware.hosts > 1:  # a ring is as slow as what joins its hosts, and they were not measured together
+        network = (hardware.network_gb_s or NETWORK_GB_S) / 2 * GIGA * NETWORK.at(case)
+        return LinkRates(network, 60e-6, _LINK_NAMES["network"])
     ring = f"{'cuda' if hardware.devices else 'cpu'}-{count}"
     if profile and profile.rings.get(ring):
         name = hardware.links[0].kind if hardware.links else "RAM"
