@@ -97,6 +97,7 @@ class Training:
         devices: int = 0,
         replicas: int = 1,
         arithmetic: str = "plain",
+        shards: int = 0,
         world: World | None = None,
         recipe: Recipe | None = None,
         **changes: Any,
@@ -117,6 +118,7 @@ class Training:
             2 if variant == "interleaved" else 1,
             cuts,
             arithmetic=arithmetic,  # type: ignore[arg-type]
+            shards=shards,
         )
         self.plan = Plan(self.recipe, Candidate(layout, {}, 0, True))
         self.tokenizer = load_tokenizer(self.recipe.model)

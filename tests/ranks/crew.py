@@ -227,3 +227,79 @@ def fails_once(folder: str, resume: bool, step: int) -> str:
     run._ready = watched
     prepared = run.reopen(Path(folder), resume=resume, main=place.rank == 0)
     return rank.work(prepared, place, meet(place), []).outcome
+
+
+def packed(world: Any, *, folder: Path, model: Path, data: Path, **options: Any) -> dict[str, Any]:
+    """A run on a base in 4 bits: digests of each packed weight, of its constants, and of what it expands to, put
+    together, before and after; the packed bytes that lie here; and which layers this process has read.
+    """
+    import hashlib
+
+    import bitsandbytes as bnb
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    import training
+    from kitaeru.engine import build
+    from kitaeru.events import Evaluated
+    from kitaeru.model import parts
+    from kitaeru.parallel.start import hash_frozen
+
+    layers: list[int] = []
+    read = parts.Parts.read
+
+    def watched(self: Any, number: int) -> Any:
+        layers.append(number)
+        return read(self, number)
+
+    parts.Parts.read = watched  # type: ignore[method-assign]
+    run = training.Training(folder, model, data, world=world, **options)
+    trainee = run.trainee
+
+    def digest(tensor: Any) -> str:
+        return hashlib.sha256(tensor.detach().cpu().clone().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+    def digests() -> dict[str, str]:
+        found = {}
+        for name, module in trainee.causal_lm.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                weight, state = module.weight, module.quant_state
+                whole = weight.full_tensor() if isinstance(weight, DTensor) else weight.data
+                found[name] = digest(whole)
+                for key, value in state.as_dict(packed=True).items():
+                    found[f"{name}/{key}"] = digest(value)
+                found[f"{name}/values"] = digest(bnb.functional.dequantize_4bit(whole.cpu(), state))
+        return found
+
+    def gathered() -> dict[str, str]:
+        """What a forward pass of the modules themselves expands their weights to."""
+        seen: dict[str, str] = {}
+
+        def look(name: str, module: Any) -> Any:
+            def hook(*_: Any) -> None:
+                seen[f"{name}/used"] = digest(bnb.functional.dequantize_4bit(module.weight.data, module.quant_state))
+
+            return module.register_forward_pre_hook(hook)
+
+        modules = trainee.causal_lm.named_modules()
+        hooks = [look(name, module) for name, module in modules if isinstance(module, bnb.nn.Linear4bit)]
+        build._probe_logits(trainee, build._probe(trainee, (9, 6)))
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    before = digests() | gathered()
+    run.run()
+    frozen = hash_frozen(trainee.model) == trainee.frozen_hash
+    modules = [m for m in trainee.causal_lm.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    local = [m.weight.to_local() if isinstance(m.weight, DTensor) else m.weight for m in modules]
+    return {
+        "before": before,
+        "after": digests() | gathered(),
+        "bytes": sum(tensor.numel() for tensor in local),
+        "read": layers,
+        "losses": run.losses,
+        "valid": [event.loss for event in run.events if isinstance(event, Evaluated)],
+        "weights": {n: trainee.strategy.gather(trainee.held, n, p).clone() for n, p in trainee.named},
+        "frozen": frozen,
+    }

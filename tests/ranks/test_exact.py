@@ -133,3 +133,75 @@ def test_stages_in_one_process_are_the_same_training(
     assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
     assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
     assert far(answer["weights"], wanted["weights"]) <= 1e-5
+
+
+SHARDED = {
+    "2 copies of 2 pieces": (4, {"shards": 2}),
+    "2 copies of 2, kept whole": (4, {"shards": 2, "variant": "grad", "activations": "recompute"}),
+    "in RAM": (2, {"variant": "offload"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "name", "method"),
+    [
+        ("2 copies of 2 pieces", "llama", "full"),
+        ("2 copies of 2 pieces", "qwen3", "lora"),
+        ("2 copies of 2, kept whole", "gemma", "full"),
+        ("in RAM", "qwen3", "full"),
+        ("in RAM", "llama", "lora"),
+    ],
+)
+def test_pieces_are_the_same_training(crew, family, chat_data, valid_data, reference, tmp_path, way, name, method):
+    ranks, how = SHARDED[way]
+    options = options_of(name, method, valid_data)
+    arguments = {"model": family(name), "data": chat_data, "method": method}
+    wanted = reference(name, method)
+    answers = crew.run(
+        tmp_path / "n", ranks, crew.train, folder=tmp_path / "run", strategy="fsdp", **arguments, **options, **how
+    )
+    assert min(wanted["norms"]) > HARD["train__max_grad_norm"]  # clipping bites in every step
+    for answer in answers:
+        assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+        assert answer["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
+        assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
+        assert far(answer["weights"], wanted["weights"]) <= 1e-5
+        assert all(torch.equal(answer["weights"][n], answers[0]["weights"][n]) for n in answer["weights"])
+        assert answer["frozen"]
+    if method == "full":  # each rank holds its piece of one copy
+        assert sum(answer["numbers"] for answer in answers) == wanted["numbers"] * (2 if "shards" in how else 1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "how"),
+    [
+        (2, "llama", {}),
+        (2, "gemma", {"variant": "grad", "activations": "recompute"}),
+        (3, "qwen3", {}),
+        (4, "qwen3", {"shards": 2}),
+        (2, "qwen3", {"variant": "offload"}),
+    ],
+)
+def test_a_base_in_4_bits_is_carried_unchanged(crew, family, chat_data, valid_data, tmp_path, ranks, name, how):
+    """Every packed weight and constant is the single process's, bit for bit, before training and after; so is what it
+    expands to; and the losses are.
+    """
+    options = options_of(name, "lora", valid_data)
+    arguments = {"model": family(name), "data": chat_data, "method": "qlora"}
+    [wanted] = crew.run(tmp_path / "1", 1, crew.packed, folder=tmp_path / "one", **arguments, **options)
+    answers = crew.run(
+        tmp_path / "n", ranks, crew.packed, folder=tmp_path / "run", strategy="fsdp", **arguments, **options, **how
+    )
+    assert len(wanted["before"]) > 14 * 5
+    assert wanted["before"] == wanted["after"]
+    for answer in answers:
+        assert answer["before"] == wanted["before"]
+        assert answer["after"] == wanted["before"]
+        assert answer["frozen"]
+        assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+        assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
+        assert far(answer["weights"], wanted["weights"]) <= 1e-5
+    copies = ranks // how.get("shards", ranks)
+    assert sum(answer["bytes"] for answer in answers) == wanted["bytes"] * copies  # nobody holds another's
+    assert max(answer["bytes"] for answer in answers) < 0.52 * wanted["bytes"]
+    assert all(answer["read"] == [layer for layer in (0, 1) if layer % ranks == r] for r, answer in enumerate(answers))

@@ -229,3 +229,14 @@ def test_fewer_micro_batches_than_stages(crew, family, chat_data, tmp_path):
     how = {"strategy": "pipeline", "variant": "1f1b", "cuts": (1, 1, 2, 1)}
     answers = crew.run(tmp_path / "4", 4, crew.train, folder=tmp_path / "four", **how, **options)
     assert answers[3]["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("full", [("fsdp", 4, {"shards": 2}), ("single", 1, {}), ("fsdp", 2, {"variant": "offload"})]),
+        ("qlora", [("fsdp", 2, {}), ("single", 1, {}), ("fsdp", 2, {"variant": "grad"})]),
+    ],
+)
+def test_one_run_in_pieces_and_whole(crew, family, chat_data, whole, tmp_path, method, parts):
+    moved(crew, parts, whole(method), tmp_path, model=family("llama"), data=chat_data, method=method)

@@ -29,6 +29,7 @@ from kitaeru.model.adapt import add_adapter
 from kitaeru.model.head import LossSum, distance, forward_arguments, recognise_head
 from kitaeru.model.layers import Draws
 from kitaeru.model.load import DTYPES, load_config, load_model
+from kitaeru.model.parts import Parts, outline
 from kitaeru.model.stages import share_of, stage_devices
 from kitaeru.model.stream import load_streamed
 from kitaeru.parallel import STRATEGIES
@@ -61,6 +62,7 @@ class Trainee:
     optimizer: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     draws: Draws = field(default_factory=Draws)
+    parts: Parts | None = None
     frozen_hash: int = 0
     fused: bool = False
     stored_dtype: torch.dtype | None = None
@@ -133,6 +135,8 @@ def load(trainee: Trainee) -> None:
         trainee.causal_lm = load_streamed(
             recipe.model, base=layout.base, precision=layout.precision, device=trainee.device, folder=folder
         )
+    elif layout.strategy == "fsdp":
+        trainee.causal_lm, trainee.parts = outline(recipe.model, layout, recipe.lora, recipe.train.seed)
     else:
         part, devices = share_of(layout, trainee.world.rank), stage_devices(layout)
         trainee.causal_lm = load_model(recipe.model, layout, recipe.train.seed, part, devices)
@@ -199,7 +203,9 @@ def share_out(trainee: Trainee) -> None:
     Raises:
         TrainingError: they have loaded different ones.
     """
-    trainee.held = trainee.strategy.hold(Unit(trainee.model), trainee.named, trainee.world, trainee.plan.layout)
+    trainee.held = trainee.strategy.hold(
+        Unit(trainee.model, trainee.parts), trainee.named, trainee.world, trainee.plan.layout
+    )
     trainee.named = trainee.held.named
     trainee.frozen_hash = hash_frozen(trainee.model)
 
@@ -287,7 +293,7 @@ def make_optimizer(trainee: Trainee) -> None:
         recipe.train,
         learning_rate=recipe.train.learning_rate,
         lora_plus_ratio=recipe.lora.plus_ratio if layout.method in ("lora", "qlora") else None,
-        device_type=layout.device,
+        device_type=trainee.named[0][1].device.type if trainee.named else layout.device,
     )
     trainee.scaler = torch.amp.GradScaler(trainee.device.type, enabled=layout.precision == "fp16")
 

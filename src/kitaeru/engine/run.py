@@ -74,8 +74,10 @@ class Result:
     result: Path | None
 
 
-def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None) -> Run:
-    """Read the data, make the plan, open the run folder.
+def prepare(
+    wish: Recipe, *, resume: bool = False, phase: Phase | None = None, hardware: Hardware | None = None
+) -> Run:
+    """Read the data, make the plan (for `hardware`; without it, this machine), open the run folder.
 
     Raises:
         KitaeruError: the subclass says what is wrong; nothing is written but the token cache and skipped rows.
@@ -90,8 +92,7 @@ def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None) -
     data = prepare_data(wish, tokenizer, seq_len=seq_len, bad_rows=folder / "bad_rows.jsonl", progress=phase)
     notices: list[str] = []
     resume_from = _resume_point(folder, wish, data, notices) if resume else None
-    hardware = _hardware(earlier)
-    plan = make_plan(wish, hardware, shape, data.facts)
+    plan = make_plan(wish, _hardware(earlier, hardware or probe()), shape, data.facts)
     _write_down(folder, wish, plan)
     if resume:
         plan = ladder.resumed(folder, plan)
@@ -141,15 +142,14 @@ def _resume_point(folder: Path, wish: Recipe, data: Prepared, notices: list[str]
     return found
 
 
-def _hardware(earlier: Plan | None) -> Hardware:
+def _hardware(earlier: Plan | None, now: Hardware) -> Hardware:
     """What a run is planned for. A resumed one: the machine it was planned for at first, so that only what the wish now
     changes, changes; unless it has another number of GPUs now.
     """
-    now = probe()
     if earlier is None:
         return now
     before = Hardware.from_dict(earlier.hardware)
-    return before if len(before.devices) == len(now.devices) else now
+    return before if (before.hosts, len(before.devices)) == (now.hosts, len(now.devices)) else now
 
 
 def _write_down(folder: Path, wish: Recipe, plan: Plan) -> None:
@@ -368,11 +368,12 @@ def device_name(device: torch.device) -> str:
 
 def _parameters(trainee: Trainee) -> int:
     """All parameters; 4-bit ones count as what they stand for."""
-    total = 0
-    for parameter in trainee.model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        total += state.shape.numel() if state is not None else parameter.numel()
-    return total
+    stood_for = {
+        module.weight: module.quant_state.shape.numel()
+        for module in trainee.model.modules()
+        if getattr(module, "quant_state", None) is not None
+    }
+    return sum(stood_for.get(parameter, parameter.numel()) for parameter in trainee.model.parameters())
 
 
 def _ask(trainee: Trainee, asked: Sequence[Question], step: int) -> None:

@@ -37,7 +37,7 @@ from kitaeru.plan.types import Base, Precision
 from kitaeru.recipe.types import ModelSection
 
 INDEX = "index.json"
-_SCALES = "#"  # parts a tensor's name from the name of what its 4 bits are unpacked with
+SCALES = "#"  # parts a tensor's name from the name of what its 4 bits are unpacked with
 
 
 def load_streamed(
@@ -97,7 +97,7 @@ def load_streamed(
     shelves: list[Shelf] = []
     for number, layer in enumerate(layers):
         if base == "nf4":
-            _make_room_for_4_bits(layer, precision)
+            make_room_for_4_bits(layer, precision)
         shelves.append(Shelf(layer, _file(store, number), device))
     for number, shelf in enumerate(shelves):
         neighbours = [shelves[n].file for n in (number - 1, number + 1) if 0 <= n < len(shelves)]
@@ -166,7 +166,7 @@ def _write(layers: list[nn.Module], store: Path, base: Base, precision: Precisio
                     tensor.to(device), blocksize=64, compress_statistics=True, quant_type="nf4"
                 )
                 tensors[name] = packed.cpu()
-                tensors |= {f"{name}{_SCALES}{k}": t.cpu() for k, t in state.as_dict(packed=True).items()}
+                tensors |= {f"{name}{SCALES}{k}": t.cpu() for k, t in state.as_dict(packed=True).items()}
             else:
                 tensors[name] = tensor.contiguous()
         save_file(tensors, _file(store, number))
@@ -180,7 +180,7 @@ def _weights(layer: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield f"{path}.{own}" if path else own, module, own
 
 
-def _make_room_for_4_bits(layer: nn.Module, precision: Precision) -> None:
+def make_room_for_4_bits(layer: nn.Module, precision: Precision) -> None:
     """Put bitsandbytes' linear layers in the place of torch's; their weights come from the layer's file."""
     for path, module in list(layer.named_modules()):
         if type(module) is nn.Linear:
@@ -233,8 +233,8 @@ class Shelf:
                 remedy=tr("Remove its folder; it is made again at the next start."),
             ) from error
         scales: dict[str, dict[str, Tensor]] = {}
-        for key in [key for key in tensors if _SCALES in key]:
-            name, _, part = key.partition(_SCALES)
+        for key in [key for key in tensors if SCALES in key]:
+            name, _, part = key.partition(SCALES)
             scales.setdefault(name, {})[part] = tensors.pop(key)
         for name, tensor in tensors.items():
             owner, own = self.owners[name]

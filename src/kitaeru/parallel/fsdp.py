@@ -2,30 +2,36 @@
 
 In full training the pieces are what is trained: gradients, moments and updates are sharded too. With an adapter the
 frozen base is sharded; the adapter, a hundredth of it, is whole on every rank and treated as in `ddp`, which spares a
-gather of small tensors in every layer.
+gather of small tensors in every layer. A base in 4 bits is sharded as the bytes it is packed into: nothing takes them
+for numbers on the way. Their constants, a thirtieth of them, are whole on every rank.
+
+With `layout.shards` there are several copies, each cut among so many ranks that follow each other: gathers stay among
+them, and gradients of the copies are added up once a step. The variant `grad` keeps layers whole between a forward pass
+and its backward pass; `offload` keeps the pieces, their gradients and the optimizer's state in RAM and updates there.
 
 A layer is put together by all ranks at the same time, so all compute the same number of micro-batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from kitaeru.model.parts import Parts
 from kitaeru.parallel import single
 from kitaeru.parallel.reducer import Reducer
 from kitaeru.parallel.single import losses as losses
 from kitaeru.parallel.single import squares
-from kitaeru.parallel.start import same_start
-from kitaeru.parallel.types import Held, Named, Unit, Work
+from kitaeru.parallel.start import same_start, same_trained
+from kitaeru.parallel.types import Held, Named, Rows, Unit, Work
 from kitaeru.parallel.world import World
 from kitaeru.plan.types import Layout
 
@@ -34,8 +40,14 @@ T = TypeVar("T")
 
 @dataclass
 class _Pieces:
-    """`sharded`: the trained parameters in pieces, by name; empty with an adapter, which has a `reducer` instead."""
+    """`sharded`: the trained parameters in pieces, by name; empty with an adapter, which has a `reducer` instead.
 
+    `group`: the ranks that hold one copy between them (None: all), of which this is number `place` of `ranks`.
+    """
+
+    ranks: int
+    place: int
+    group: Any = None
     sharded: Mapping[str, DTensor] = field(default_factory=dict)
     reducer: Reducer | None = None
 
@@ -52,28 +64,86 @@ def deal(tokens: Sequence[int], ranks: int) -> list[list[int | None]]:
 
 
 def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
-    """Cut the weights into pieces, a layer at a time."""
-    same_start(unit.model, named, world)
-    mesh = init_device_mesh(layout.device, (world.size,))
-    whole = {parameter for _, parameter in named} if layout.method in ("lora", "qlora") else set()
-    device = torch.device(layout.device, torch.cuda.current_device()) if layout.device == "cuda" else None
-    for parameter in whole if device is not None else ():
-        parameter.data = parameter.data.to(device)
-    for module in (*_blocks(unit.model), unit):
+    """Cut the weights into pieces, a layer at a time; where they are not here yet, as the layers arrive."""
+    mesh, ranks = _mesh(world, layout), layout.shared_by
+    group = mesh.get_group("pieces") if layout.shards else None
+    adapter = layout.method in ("lora", "qlora")
+    whole = {parameter for _, parameter in named} if adapter else set()
+    device = torch.device("cpu")
+    if layout.device == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+        for parameter in whole:
+            parameter.data = parameter.data.to(device)
+    policy = CPUOffloadPolicy(pin_memory=layout.device == "cuda") if layout.variant == "offload" else OffloadPolicy()
+
+    def cut(module: nn.Module) -> None:
         # "grad" keeps the layers whole between a forward pass and its backward pass.
         kept = layout.variant == "grad" and module is not unit
-        fully_shard(module, mesh=mesh, reshard_after_forward=not kept, ignored_params=whole)
+        fully_shard(module, mesh=mesh, reshard_after_forward=not kept, ignored_params=whole, offload_policy=policy)
+
+    blocks = _blocks(unit.model)
+    if unit.parts is None:
+        same_start(unit.model, named, world)
+        for module in blocks:
+            cut(module)
+    else:
+        for number, tensors in _arriving(unit.parts, world, device):
+            unit.parts.put(tensors)
+            del tensors
+            inside_it = set(unit.parts.layers[number].modules())
+            for module in (block for block in blocks if block in inside_it):
+                cut(module)
+        unit.parts = None
+        if adapter:
+            same_trained(named)
+    cut(unit)
     for module in unit.modules():
         if isinstance(module, FSDPModule):
             # A plain sum: the loss is divided by the tokens of all ranks already. Gloo knows nothing else anyway.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    if whole:
-        return Held(world, unit, named, _Pieces(reducer=Reducer([parameter for _, parameter in named])))
+    pieces = _Pieces(ranks, world.rank % ranks, group)
+    if adapter:
+        pieces.reducer = Reducer([parameter for _, parameter in named])
+        return Held(world, unit, named, pieces, at=device)
     sharded = {name: p for name, p in unit.model.named_parameters() if isinstance(p, DTensor)}
+    pieces.sharded = sharded
     # The optimizer works on the piece as a plain tensor in the same memory, so any elementwise one can be used.
-    pieces = [(name, nn.Parameter(sharded[name].to_local().detach())) for name, _ in named]
-    return Held(world, unit, pieces, _Pieces(sharded))
+    own = [(name, nn.Parameter(sharded[name].to_local().detach())) for name, _ in named]
+    rows = {
+        name: Rows(tuple(whole.shape), pieces.place * -(-whole.shape[0] // ranks)) for name, whole in sharded.items()
+    }
+    return Held(world, unit, own, pieces, at=device, rows=rows)
+
+
+def _mesh(world: World, layout: Layout) -> DeviceMesh:
+    """All ranks in a row, or copies by pieces: ranks of one machine follow each other, and share a copy."""
+    if not layout.shards:
+        return init_device_mesh(layout.device, (world.size,))
+    return init_device_mesh(
+        layout.device, (world.size // layout.shards, layout.shards), mesh_dim_names=("copies", "pieces")
+    )
+
+
+def _arriving(parts: Parts, world: World, device: torch.device) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Each part in order, whole: read by one rank, which sends it to all. As many are read at a time as there are
+    ranks, one by each.
+    """
+    count = len(parts.layers)
+    for first in range(0, count, world.size):
+        number = first + world.rank
+        mine = parts.read(number) if number < count else {}
+        for source in range(min(world.size, count - first)):
+            outline = [[(name, t.shape, t.dtype) for name, t in mine.items()]]
+            dist.broadcast_object_list(outline, src=source)
+            found = mine if source == world.rank else {}
+            for name, shape, dtype in outline[0]:
+                tensor = mine.pop(name) if source == world.rank else torch.empty(shape, dtype=dtype, device=device)
+                tensor = tensor.to(device).contiguous()
+                if tensor.numel():
+                    dist.broadcast(tensor.view(-1).view(torch.uint8), src=source)
+                found[name] = tensor
+            yield first + source, found
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -91,12 +161,17 @@ def inside(held: Held, function: Callable[[], T]) -> T:
 
 
 def gradients(held: Held, work: Work) -> dict[int, torch.Tensor]:
-    """One micro-batch after the other; gradients of sharded weights are summed and cut up layer by layer, each time."""
+    """One micro-batch after the other; gradients of sharded weights are summed and cut up layer by layer, each time,
+    and those of several copies are added up in the last backward pass.
+    """
     return single.in_turn(held, work, _backward)
 
 
 def _backward(held: Held, loss: torch.Tensor, last: bool) -> None:
-    if last and held.state.reducer is not None:
+    if held.state.reducer is None:
+        root: Any = held.unit
+        root.set_requires_all_reduce(last)
+    elif last:
         held.state.reducer.start()
     loss.backward()
 
@@ -116,7 +191,7 @@ def norm(held: Held) -> torch.Tensor:
     """The norm of all pieces on all ranks."""
     total = squares(held.named)
     if held.state.reducer is None:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=held.state.group)
     return total.sqrt()
 
 
@@ -125,15 +200,16 @@ def gather(held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
     whole = held.state.sharded.get(name)
     if whole is None or tensor.shape != whole.to_local().shape:
         return tensor.detach().cpu()
-    return _together(tensor.detach(), whole.shape[0], held.world.size)
+    return _together(held, tensor.detach(), whole.shape[0])
 
 
-def _together(piece: torch.Tensor, rows: int, ranks: int) -> torch.Tensor:
+def _together(held: Held, piece: torch.Tensor, rows: int) -> torch.Tensor:
+    ranks = held.state.ranks
     most = -(-rows // ranks)
     padded = piece.new_zeros((most, *piece.shape[1:]))
     padded[: len(piece)] = piece
     together = piece.new_empty((most * ranks, *piece.shape[1:]))
-    dist.all_gather_into_tensor(together, padded)
+    dist.all_gather_into_tensor(together, padded, group=held.state.group)
     return together[:rows].cpu()
 
 
@@ -145,8 +221,8 @@ def scatter(held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
     for module in held.unit.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # layers that an evaluation left whole would not see what is restored
-    most = -(-len(tensor) // held.world.size)
-    return tensor[most * held.world.rank : most * (held.world.rank + 1)].clone()
+    most, place = -(-len(tensor) // held.state.ranks), held.state.place
+    return tensor[most * place : most * (place + 1)].clone()
 
 
 def model_state(held: Held) -> dict[str, torch.Tensor]:
@@ -154,7 +230,7 @@ def model_state(held: Held) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for name, tensor in held.unit.model.state_dict().items():
         if isinstance(tensor, DTensor):
-            tensor = _together(tensor.to_local(), tensor.shape[0], held.world.size)
+            tensor = _together(held, tensor.to_local(), tensor.shape[0])
         if held.world.main:
             state[name] = tensor
     return state

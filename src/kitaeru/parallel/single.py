@@ -65,8 +65,8 @@ def losses(held: Held, work: Work) -> dict[int, torch.Tensor]:
 
 
 def device_of(held: Held) -> torch.device:
-    """Where this rank computes: its weights may be elsewhere, its trained ones are not."""
-    return held.named[0][1].device
+    """Where this rank computes: its weights may be elsewhere, its trained ones are not unless it says so."""
+    return held.at or held.named[0][1].device
 
 
 def reduce(held: Held) -> None:

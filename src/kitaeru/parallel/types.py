@@ -7,15 +7,16 @@ global batch, cut into the same micro-batches whatever the number of ranks; a st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from kitaeru.data.types import MicroBatch
+from kitaeru.model.parts import Parts
 from kitaeru.parallel.world import World
 from kitaeru.plan.types import Layout
 
@@ -27,18 +28,28 @@ class Unit(nn.Module):
     """A model as one thing to call: with a micro-batch it gives the loss sum, with a function it calls that.
 
     A strategy that keeps weights in pieces puts them together around `forward`, so everything that reads weights goes
-    through here. `loss_sum` is filled in once the output head is recognised.
+    through here. `loss_sum` is filled in once the output head is recognised. `parts`: where the weights come from, if
+    `model` is an outline.
     """
 
     loss_sum: Callable[[MicroBatch], torch.Tensor]
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parts: Parts | None = None) -> None:
         super().__init__()
         self.model = model
+        self.parts = parts
 
     def forward(self, what: MicroBatch | Callable[[], Any]) -> Any:
         """The loss sum of a micro-batch, or what the function gives."""
         return self.loss_sum(what) if isinstance(what, MicroBatch) else what()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A piece of a parameter: of the whole one of `shape` the rows from `first` on."""
+
+    shape: tuple[int, ...]
+    first: int
 
 
 @dataclass
@@ -46,7 +57,8 @@ class Held:
     """What this rank holds: the model, and the trained parameters (or its pieces of them) that it changes itself.
 
     Names in `named` are those of the whole model, in its order; ranks may hold different ones. `state` is the
-    strategy's own. `devices` are those of this process where it has more than one.
+    strategy's own. `devices` are those of this process where it has more than one. `at`: where it computes (None: where
+    its trained parameters are). `rows`: which part of them its pieces are, where they are rows.
     """
 
     world: World
@@ -54,6 +66,8 @@ class Held:
     named: Named
     state: Any = None
     devices: tuple[torch.device, ...] = ()
+    at: torch.device | None = None
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from kitaeru.i18n import tr
 from kitaeru.plan import fused
 from kitaeru.plan.types import Activations, Arithmetic, Base, Layout, MethodKind, Precision
 from kitaeru.recipe.checks import STRATEGIES_BUILT
-from kitaeru.recipe.types import Recipe
+from kitaeru.recipe.types import LoraSection, Recipe
 from kitaeru.shape import ModelShape
 
 # The variant of `single` whose frozen layers come from `limits.offload_folder`, one at a time.
@@ -55,6 +55,21 @@ def is_built(layout: Layout) -> bool:
         return False
     variants = VARIANTS_BUILT.get(layout.strategy, ("",))
     return layout.variant in variants and layout.base in BASES_BUILT.get(layout.strategy, (layout.base,))
+
+
+def comes_in_parts(layout: Layout, lora: LoraSection) -> bool:
+    """Whether a model is read a layer at a time, each by one process, which deals its pieces out.
+
+    Random weights are drawn all at once; some adapters start from whole weights, and a module that is trained beside an
+    adapter is a copy of one.
+    """
+    if layout.strategy != "fsdp" or layout.method == "pretrain":
+        return False
+    return layout.method == "full" or _starts_alone(lora)
+
+
+def _starts_alone(lora: LoraSection) -> bool:
+    return lora.init not in ("pissa", "olora") and not lora.dora and not lora.modules_to_save
 
 
 def _cuda_needs_a_gpu(case: Case) -> str | None:

@@ -25,7 +25,8 @@ class Layout:
 
     `micro_batch_tokens` is the most tokens one forward and backward pass sees on one device; `devices` the world size,
     which is `replicas` (copies of the model, each with its own data) times the devices that share one copy. `variant`
-    tells ways of one strategy apart (`grad` and none of fsdp, `1f1b` and `interleaved` of pipeline, `offload` of zero).
+    tells ways of one strategy apart (`grad`, `offload` and none of fsdp, `1f1b` and `interleaved` of pipeline,
+    `offload` of zero). `shards`: devices of fsdp that hold the pieces of one copy between them; 0 are all.
     `cuts` are the layers of each pipeline stage in the model's order; a rank with `chunks` stages holds every
     (devices/replicas)-th of them. `packed_experts`: a mixture's stacked experts are stored in 4 bits too.
     `arithmetic`: of the frozen products; but for `plain`, a layer is one fused operation (`plan.fused`), whose gate and
@@ -46,6 +47,12 @@ class Layout:
     cuts: tuple[int, ...] = ()
     packed_experts: bool = False
     arithmetic: Arithmetic = "plain"
+    shards: int = 0
+
+    @property
+    def shared_by(self) -> int:
+        """Devices that a strategy divides one copy of the weights among."""
+        return self.shards or self.devices
 
     @property
     def in_8_bits(self) -> bool:
@@ -64,8 +71,12 @@ class Layout:
 
     @property
     def way(self) -> str:
-        """The strategy with its variant: `single`, `pipeline-1f1b` or, with two copies, `pipeline-1f1b-dp2`."""
+        """The strategy with its variant: `single`, `pipeline-1f1b` or, with two copies, `pipeline-1f1b-dp2`; two copies
+        in four pieces each are `fsdp-2x4`.
+        """
         copies = f"dp{self.replicas}" if self.strategy == "pipeline" and self.replicas > 1 else ""
+        if self.shards:
+            copies = f"{self.devices // self.shards}x{self.shards}"
         return "-".join(part for part in (self.strategy, self.variant, copies) if part)
 
     @property
