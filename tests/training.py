@@ -114,7 +114,7 @@ class Training:
             "cpu",
             devices or (world.size if world else 1),
             variant,
-            world.size if world and strategy in ("ddp", "fsdp") else replicas,
+            world.size if world and strategy in ("ddp", "fsdp", "zero1", "zero2", "zero3") else replicas,
             2 if variant == "interleaved" else 1,
             cuts,
             arithmetic=arithmetic,  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,9 +35,10 @@ from kitaeru.model.stages import share_of, stage_devices
 from kitaeru.model.stream import load_streamed
 from kitaeru.parallel import STRATEGIES
 from kitaeru.parallel.start import hash_frozen
-from kitaeru.parallel.types import Held, Strategy, Unit
+from kitaeru.parallel.types import Engine, Held, Named, Strategy, Unit
 from kitaeru.parallel.world import World
-from kitaeru.plan.layouts import DISK
+from kitaeru.plan.deepspeed import deepspeed_config
+from kitaeru.plan.layouts import DISK, ZERO
 from kitaeru.plan.types import Plan
 
 T = TypeVar("T")
@@ -204,10 +206,19 @@ def share_out(trainee: Trainee) -> None:
         TrainingError: they have loaded different ones.
     """
     trainee.held = trainee.strategy.hold(
-        Unit(trainee.model, trainee.parts), trainee.named, trainee.world, trainee.plan.layout
+        Unit(trainee.model, trainee.parts, _engine(trainee)), trainee.named, trainee.world, trainee.plan.layout
     )
     trainee.named = trainee.held.named
     trainee.frozen_hash = hash_frozen(trainee.model)
+
+
+def _engine(trainee: Trainee) -> Engine | None:
+    """What DeepSpeed's engine is set up with."""
+    plan = trainee.plan
+    if plan.layout.strategy not in ZERO:
+        return None
+    config = deepspeed_config(plan.layout, plan.recipe, plan.chosen.trained_parameters)
+    return Engine(config, partial(_optimizer, trainee))
 
 
 def seed_layers(trainee: Trainee) -> None:
@@ -285,17 +296,22 @@ def choose_loss(trainee: Trainee) -> None:
 
 
 def make_optimizer(trainee: Trainee) -> None:
-    """Make the optimizer."""
+    """Make the optimizer, unless the strategy drives one of its own."""
+    trainee.optimizer = trainee.held.optimizer or _optimizer(trainee, trainee.named)
+    enabled = trainee.plan.layout.precision == "fp16"
+    trainee.scaler = torch.amp.GradScaler(trainee.device.type, enabled=enabled)
+
+
+def _optimizer(trainee: Trainee, named: Named) -> torch.optim.Optimizer:
     recipe, layout = trainee.plan.recipe, trainee.plan.layout
     assert recipe.train.learning_rate is not None
-    trainee.optimizer = build_optimizer(
-        trainee.named,
+    return build_optimizer(
+        named,
         recipe.train,
         learning_rate=recipe.train.learning_rate,
         lora_plus_ratio=recipe.lora.plus_ratio if layout.method in ("lora", "qlora") else None,
-        device_type=trainee.named[0][1].device.type if trainee.named else layout.device,
+        device_type=named[0][1].device.type if named else layout.device,
     )
-    trainee.scaler = torch.amp.GradScaler(trainee.device.type, enabled=layout.precision == "fp16")
 
 
 PASSES: tuple[tuple[Callable[[Trainee], None], str], ...] = (

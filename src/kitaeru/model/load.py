@@ -66,7 +66,7 @@ def load_model(
     trains_all = layout.method in ("full", "pretrain")
     dtype = torch.float32 if trains_all else DTYPES[layout.precision]
     # Cut into pieces a layer at a time on its way to the device: it need not fit there whole.
-    device = torch.device("cpu" if layout.strategy == "fsdp" else layout.device)
+    device = torch.device("cpu" if layout.strategy in ("fsdp", "zero3") else layout.device)
     if layout.method == "pretrain":
         torch.manual_seed(seed)
         config.dtype = torch.float32

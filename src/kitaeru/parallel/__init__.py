@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kitaeru.parallel import ddp, fsdp, model_parallel, pipeline, single
+from kitaeru.parallel import ddp, fsdp, model_parallel, pipeline, single, zero
 from kitaeru.parallel.types import Strategy
 
 STRATEGIES: dict[str, Strategy] = {
@@ -11,6 +11,9 @@ STRATEGIES: dict[str, Strategy] = {
     "fsdp": fsdp,
     "pipeline": pipeline,
     "model_parallel": model_parallel,
+    "zero1": zero,
+    "zero2": zero,
+    "zero3": zero,
 }
 # Ranks of these do not meet inside a pass: one that runs out of memory can give its passes up and still take part in
 # what follows.

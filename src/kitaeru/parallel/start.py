@@ -52,7 +52,7 @@ def hash_frozen(model: nn.Module) -> int:
         for tensor in (*module.parameters(recurse=False), *_tensors_in(constants)):
             index += 1
             if not (tensor.requires_grad or tensor.is_meta):
-                piece = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                piece = tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
                 total ^= checksum(piece) * (2 * index + 1) & (2**63 - 1)
     return total
 

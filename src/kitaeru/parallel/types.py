@@ -24,20 +24,29 @@ T = TypeVar("T")
 Named = list[tuple[str, nn.Parameter]]
 
 
+@dataclass(frozen=True)
+class Engine:
+    """For a strategy with an engine of its own: how that is set up, and the optimizer that it is to drive."""
+
+    config: Mapping[str, Any]
+    optimizer: Callable[[Named], torch.optim.Optimizer]
+
+
 class Unit(nn.Module):
     """A model as one thing to call: with a micro-batch it gives the loss sum, with a function it calls that.
 
     A strategy that keeps weights in pieces puts them together around `forward`, so everything that reads weights goes
     through here. `loss_sum` is filled in once the output head is recognised. `parts`: where the weights come from, if
-    `model` is an outline.
+    `model` is an outline. `engine`: for a strategy that brings its own.
     """
 
     loss_sum: Callable[[MicroBatch], torch.Tensor]
 
-    def __init__(self, model: nn.Module, parts: Parts | None = None) -> None:
+    def __init__(self, model: nn.Module, parts: Parts | None = None, engine: Engine | None = None) -> None:
         super().__init__()
         self.model = model
         self.parts = parts
+        self.engine = engine
 
     def forward(self, what: MicroBatch | Callable[[], Any]) -> Any:
         """The loss sum of a micro-batch, or what the function gives."""
@@ -58,7 +67,8 @@ class Held:
 
     Names in `named` are those of the whole model, in its order; ranks may hold different ones. `state` is the
     strategy's own. `devices` are those of this process where it has more than one. `at`: where it computes (None: where
-    its trained parameters are). `rows`: which part of them its pieces are, where they are rows.
+    its trained parameters are). `rows`: which part of them its pieces are, where they are rows. `optimizer`: the one
+    that a strategy drives itself.
     """
 
     world: World
@@ -68,6 +78,7 @@ class Held:
     devices: tuple[torch.device, ...] = ()
     at: torch.device | None = None
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    optimizer: torch.optim.Optimizer | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from kitaeru.hardware import Device
 from kitaeru.i18n import tr
 from kitaeru.plan import fused
+from kitaeru.plan.deepspeed import ZERO as ZERO
 from kitaeru.plan.types import Activations, Arithmetic, Base, Layout, MethodKind, Precision
 from kitaeru.recipe.checks import STRATEGIES_BUILT
 from kitaeru.recipe.types import LoraSection, Recipe
@@ -24,12 +25,11 @@ DISK = "disk"
 VARIANTS_BUILT: dict[str, tuple[str, ...]] = {
     "single": ("", DISK),
     "pipeline": ("1f1b", "interleaved", "gpipe"),
-    "fsdp": ("", "grad"),
+    "fsdp": ("", "grad", "offload"),
 }
 # Bases with which a built strategy is known to train exactly; a strategy that is not named takes all.
-BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none",)}
+BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none", "nf4")}
 SHARDED = ("fsdp", "zero3")
-ZERO = ("zero1", "zero2", "zero3")
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
 
 

@@ -335,6 +335,12 @@ class LimitsSection(Section):
             "frozen layers there: each is read when its turn comes. Slow, and it fits."
         ),
     )
+    ds_config: str | None = Field(
+        None,
+        description=N_(
+            "DeepSpeed's configuration (a JSON file) for the strategies `zero1`, `zero2` and `zero3`: bucket sizes, thresholds, logging. Default: one is made from the plan."
+        ),
+    )
     threads: int | None = Field(None, ge=1, description=N_("Threads of CPU arithmetic."))
 
 
