@@ -88,6 +88,10 @@ class TrainingError(KitaeruError):
     """Training cannot go on: a non-finite loss, a gradient that never arrives, a worker that died."""
 
 
+class RankLostError(TrainingError):
+    """A process of a run died or is cut off: started again from the last checkpoint, the run may well go on."""
+
+
 class SteppedDownError(TrainingError):
     """Memory ran out: whoever started the run must start it again from its last checkpoint, a rung lower."""
 

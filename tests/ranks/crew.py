@@ -200,17 +200,16 @@ def runs_out(world: Any, *, rank: int, where: str, step: int, **options: Any) ->
     }
 
 
-def fails_once(folder: str, resume: bool, step: int) -> str:
+def fails_once(folder: str, step: int, team: Any) -> str:
     """What a process started by `engine.launch` does: the run in `folder`, in which memory runs out on rank 1 in the
     middle of a forward pass after `step` steps, the first time that it gets there.
     """
     import torch
 
     from kitaeru.engine import rank, run
-    from kitaeru.engine.place import meet, placed
+    from kitaeru.engine.place import meet
 
-    place = placed()
-    assert place is not None
+    place = team.place()
     ready = run._ready
 
     def watched(*arguments: Any) -> Any:
@@ -225,7 +224,7 @@ def fails_once(folder: str, resume: bool, step: int) -> str:
         return trainee, loop
 
     run._ready = watched
-    prepared = run.reopen(Path(folder), resume=resume, main=place.rank == 0)
+    prepared = run.reopen(Path(folder), resume=team.resume, main=place.rank == 0)
     return rank.work(prepared, place, meet(place), []).outcome
 
 
@@ -303,3 +302,18 @@ def packed(world: Any, *, folder: Path, model: Path, data: Path, **options: Any)
         "weights": {n: trainee.strategy.gather(trainee.held, n, p).clone() for n, p in trainee.named},
         "frozen": frozen,
     }
+
+
+def skips(world: Any, *, step: int, **options: Any) -> dict[str, Any]:
+    """A run in which step number `step` is left out, as one whose loss jumps is; what can be compared of it."""
+    import training
+
+    run = training.Training(world=world, **options)
+    verdict = run.loop.watch.verdict
+
+    def jumps(loss: float) -> str:
+        return "spike" if run.loop.progress.step + 1 == step else verdict(loss)
+
+    run.loop.watch.verdict = jumps  # type: ignore[method-assign]
+    run.run()
+    return {"losses": run.losses, "skipped": [event.step for event in run.steps if event.skipped]}

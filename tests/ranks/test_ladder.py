@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from kitaeru.engine.hosts import Leader
 from kitaeru.engine.launch import launch
+from kitaeru.engine.place import Nodes
 from kitaeru.engine.run import prepare, train
 from kitaeru.errors import SteppedDownError
 from kitaeru.events import RunFinished, RunStarted, Step, SteppedDown, read
+from kitaeru.hardware import Hardware
 
 OPTIONS = {"train__max_steps": 5, "train__eval_every": 2, "train__global_batch_tokens": 300}
 
@@ -46,9 +49,12 @@ def test_fsdp_goes_on_from_its_last_checkpoint(training, family, chat_data, in_t
 
     train(prepare(wish("whole", limits__micro_batch_tokens=64, limits__devices=1)), [])
     prepare(wish("run", limits__micro_batch_tokens=128, limits__devices=2, strategy="fsdp"))
-    with pytest.raises(SteppedDownError, match="step 3"):
-        launch(in_tmp / "run", crew.fails_once, (str(in_tmp / "run"), False, 2), 2, 0)
-    assert launch(in_tmp / "run", crew.fails_once, (str(in_tmp / "run"), True, 2), 2, 0) == "finished"
+    with Leader(Nodes(), Hardware(), print) as leader:
+        team = leader.meet(in_tmp / "run", 2, resume=False, restarts=0)
+        with pytest.raises(SteppedDownError, match="step 3"):
+            launch(in_tmp / "run", crew.fails_once, (str(in_tmp / "run"), 2), team)
+        team = leader.meet(in_tmp / "run", 2, resume=True, restarts=0)
+        assert launch(in_tmp / "run", crew.fails_once, (str(in_tmp / "run"), 2), team) == "finished"
     events = list(read(in_tmp / "run" / "events.jsonl"))
     ours = {e.step: e.loss for e in events if isinstance(e, Step)}
     theirs = {e.step: e.loss for e in read(in_tmp / "whole" / "events.jsonl") if isinstance(e, Step)}

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from kitaeru.errors import Interrupted, SteppedDownError, UsageError
+from kitaeru.errors import Interrupted, KitaeruError, RankLostError, SteppedDownError, TrainingError, UsageError
 from kitaeru.events import Event
+from kitaeru.hardware import Hardware, united
 from kitaeru.i18n import language, set_language, tr
 from kitaeru.recipe.types import Recipe
 from kitaeru.report.live import live_view
 from kitaeru.report.trackers import trackers
 
 if TYPE_CHECKING:
+    from kitaeru.engine.hosts import Leader, Member, Team
     from kitaeru.engine.place import Place
     from kitaeru.engine.run import Result, Run
 
@@ -38,36 +42,98 @@ class Show:
 SHOWN = Show()
 
 
-def start(run: Run, *, resume: bool, show: Show) -> str:
-    """Start the processes of a prepared run and wait for them; the outcome.
+def start(run: Run, leader: Leader, *, resume: bool, show: Show) -> str:
+    """Start the processes of a prepared run on this host, the first or the only one, and wait for the end; the outcome.
 
     Raises:
         KitaeruError: as `engine.launch.launch`; Interrupted when a person stopped it.
     """
-    from kitaeru.engine.launch import launch
+    from kitaeru.engine.launch import launch, tell_failed
 
+    deaths, last, size = 0, None, run.plan.layout.processes
+    leader.publish(run.folder)
     while True:
-        arguments = (str(run.folder), resume, show, language())
         try:
-            answer = launch(run.folder, _worker, arguments, run.plan.layout.processes, run.wish.limits.max_restarts)
+            team = leader.meet(run.folder, size, resume=resume, restarts=deaths)
+        except TrainingError:
+            if last is not None:  # why the host is missing says more than that it is
+                tell_failed(run.folder, last)
+                raise last from None
+            raise
+        try:
+            answer = launch(run.folder, _worker, (str(run.folder), show, language()), team)
             break
-        except SteppedDownError:  # each time a rung lower, so there is an end to it
-            resume = True
+        except SteppedDownError as error:  # each time a rung lower, so there is an end to it
+            leader.over(run.folder, error)
+        except RankLostError as error:
+            leader.over(run.folder, error)
+            deaths, last = deaths + 1, error
+            if deaths > run.wish.limits.max_restarts:
+                tell_failed(run.folder, error)
+                raise
+            Console(highlight=False).print(str(error), markup=False)
+        except KitaeruError as error:
+            leader.over(run.folder, error)
+            tell_failed(run.folder, error)
+            raise
+        resume = True
+    return _outcome(answer)
+
+
+def help_out(member: Member, *, show: Show) -> Path:
+    """Start the processes of this host, not the first one, as often as the first one begins; the run's folder.
+
+    Raises:
+        KitaeruError: as `start`.
+    """
+    from kitaeru.engine.hosts import EndedError, LeaderGoneError
+    from kitaeru.engine.launch import launch
+    from kitaeru.engine.run import reopen
+
+    last: KitaeruError | None = None
+    restarts = 0
+    member.come()
+    while True:
+        try:
+            folder = member.folder()
+            with live_view(Console(highlight=False), show.plain or None, show.every) as view:
+                run = reopen(folder, resume=False, main=False, phase=view.phase)  # tokenises, if it has to
+            restarts = run.wish.limits.max_restarts
+            team = member.meet(folder)
+            answer = launch(folder, _worker, (str(folder), show, language()), team)
+            break
+        except EndedError as ended:
+            why = tr("The first host has ended the run: {why}", why=str(ended) or tr("it is finished"))
+            raise last or TrainingError(why) from None
+        except LeaderGoneError as gone:
+            last = last or TrainingError(tr("The first host does not answer: {error}", error=gone))
+            if not restarts:
+                raise last from None
+            member.come()
+        except KitaeruError as error:
+            last = error
+            member.over(folder, error)
+            if restarts:
+                Console(highlight=False).print(str(error), markup=False)
+    _outcome(answer)
+    return folder
+
+
+def _outcome(answer: tuple[str, ...]) -> str:
     outcome, *words = answer
     if outcome == "interrupted":
         raise Interrupted(words[0], remedy=words[1])
-    return str(outcome)
+    return outcome
 
 
-def _worker(folder: str, resume: bool, show: Show, lang: str) -> tuple[str, ...]:
+def _worker(folder: str, show: Show, lang: str, team: Team) -> tuple[str, ...]:
     """What each of them does. An interruption is no failure: it comes back as an answer."""
-    from kitaeru.engine.place import meet, placed
+    from kitaeru.engine.place import meet
 
     set_language(lang)
-    place = placed()
-    assert place is not None
+    place = team.place()
     try:
-        return (follow(Path(folder), place, meet(place), resume=resume, show=show).outcome,)
+        return (follow(Path(folder), place, meet(place), resume=team.resume, show=show).outcome,)
     except Interrupted as error:
         return ("interrupted", error.what, error.remedy or "")
 
@@ -82,27 +148,37 @@ def join(wish: Recipe, place: Place, *, resume: bool, show: Show) -> Result | No
     """
     from torch.distributed.distributed_c10d import PrefixStore
 
+    from kitaeru.engine.hosts import packed, unpacked
     from kitaeru.engine.place import meet
     from kitaeru.engine.run import prepare
+    from kitaeru.machine.probe import probe
 
     store = PrefixStore(f"run-{next(_RUNS)}", meet(place))
+    store.set(f"machine/{place.rank}", "" if place.local_rank else json.dumps(probe().to_dict()))
     if place.rank == 0:
-        folder = ""
+        said = ""
         try:
             with live_view(Console(highlight=False), show.plain or None, show.every) as view:
                 again = resume or (place.restarts > 0 and wish.output is not None)
-                folder = str(prepare(_for(wish, place.size), resume=again, phase=view.phase).folder)
+                hardware = _machines(store, place)
+                run = prepare(for_size(wish, place.size), resume=again, phase=view.phase, hardware=hardware)
+                said = packed(run.folder)
         finally:
-            store.set(_RUN_KEY, folder)
+            store.set(_RUN_KEY, said)
     else:
-        from datetime import timedelta
-
         store.wait([_RUN_KEY], timedelta(days=2))
-        folder = store.get(_RUN_KEY).decode()
-    return follow(Path(folder), place, store, resume=resume, show=show) if folder else None
+        said = store.get(_RUN_KEY).decode()
+    return follow(unpacked(said), place, store, resume=resume, show=show) if said else None
 
 
-def _for(wish: Recipe, size: int) -> Recipe:
+def _machines(store: Any, place: Place) -> Hardware:
+    """All hosts as one machine: the first process of each has told the store what its host is."""
+    said = [store.get(f"machine/{rank}").decode() for rank in range(place.size)]
+    machines = [Hardware.from_dict(json.loads(text)) for text in said if text]
+    return united(machines) if len(machines) > 1 else machines[0]
+
+
+def for_size(wish: Recipe, size: int) -> Recipe:
     """The wish for as many devices as there are processes."""
     if wish.limits.devices not in (None, size):
         raise UsageError(

@@ -11,6 +11,7 @@ from rich.console import Console
 from kitaeru.api import ranks
 from kitaeru.api.ranks import SHOWN, Show
 from kitaeru.errors import UsageError
+from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
 from kitaeru.recipe.types import Recipe
 from kitaeru.report.live import live_view
@@ -18,15 +19,17 @@ from kitaeru.report.page import write_page
 from kitaeru.report.trackers import trackers
 
 if TYPE_CHECKING:
+    from kitaeru.engine.place import Nodes
     from kitaeru.engine.run import Run
     from kitaeru.report.live import View
 
 
-def train(wish: Recipe, *, resume: bool = False, show: Show = SHOWN) -> Path | None:
+def train(wish: Recipe, *, resume: bool = False, show: Show = SHOWN, nodes: Nodes | None = None) -> Path | None:
     """Plan and train `wish` on as many processes as its plan says; the run's folder.
 
     Alone, this process trains or starts those that do. Started by torchrun, accelerate or srun it is one of them: then
-    the main one plans and shows, and the others get None when it could not begin.
+    the main one plans and shows, and the others get None when it could not begin. With `nodes`, or one process of
+    srun on each host, it is one of several that each start the processes of their host.
 
     Raises:
         KitaeruError: planning or training cannot go on; Interrupted when a person stopped it, after saving.
@@ -34,11 +37,17 @@ def train(wish: Recipe, *, resume: bool = False, show: Show = SHOWN) -> Path | N
     # Fragmentation is what makes a plan that fits run out of memory; must be set before CUDA starts.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from kitaeru.engine.place import placed  # imports torch: seconds
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that goes away is told in our own words
+    from kitaeru.engine.hosts import Leader
+    from kitaeru.engine.place import Nodes, nodes_of_slurm, placed  # imports torch: seconds
     from kitaeru.engine.run import prepare
 
     console = Console(highlight=False)
-    place = placed()
+    place = placed() if nodes is None else None
+    if place is None:
+        nodes = nodes or nodes_of_slurm()
+    if nodes is not None:
+        return _on_hosts(wish, nodes, resume=resume, show=show)
     if place is not None:
         _refuse_a_group()
         result = ranks.join(wish, place, resume=resume, show=show)
@@ -53,7 +62,35 @@ def train(wish: Recipe, *, resume: bool = False, show: Show = SHOWN) -> Path | N
             _here(prepared, view, console)
     if prepared.plan.layout.processes > 1:
         try:
-            ranks.start(prepared, resume=resume, show=show)
+            with Leader(Nodes(), Hardware.from_dict(prepared.plan.hardware), console.print) as leader:
+                ranks.start(prepared, leader, resume=resume, show=show)
+        finally:
+            page(prepared.folder, console)
+    return prepared.folder
+
+
+def _on_hosts(wish: Recipe, nodes: Nodes, *, resume: bool, show: Show) -> Path:
+    """Train as one of several hosts, each of which has started this program once; the run's folder.
+
+    Raises:
+        KitaeruError: as `train`.
+    """
+    from kitaeru.engine.hosts import Leader, Member
+    from kitaeru.engine.run import prepare
+    from kitaeru.machine.probe import probe
+
+    console = Console(highlight=False)
+    if nodes.number:
+        with Member(nodes, probe(), console.print) as member:
+            return ranks.help_out(member, show=show)
+    with Leader(nodes, probe(), console.print) as leader:
+        hardware = leader.hardware()
+        size = wish.limits.devices or len(hardware.devices) or nodes.count
+        with live_view(console, show.plain or None, show.every) as view:
+            prepared = prepare(ranks.for_size(wish, size), resume=resume, phase=view.phase, hardware=hardware)
+            view.show_plan(prepared.plan)
+        try:
+            ranks.start(prepared, leader, resume=resume, show=show)
         finally:
             page(prepared.folder, console)
     return prepared.folder

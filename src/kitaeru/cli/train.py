@@ -28,21 +28,33 @@ def run(
     ] = None,
     resume: Annotated[bool, Parameter(negative="", help=tr("Go on from the newest good checkpoint."))] = False,
     plain: Annotated[bool, Parameter(negative="", help=tr("Plain lines instead of the live view."))] = False,
+    nodes: Annotated[
+        int | None, Parameter(help=tr("Train on so many hosts, with this command on each; srun needs no such words."))
+    ] = None,
+    node_rank: Annotated[int | None, Parameter(help=tr("Which host this is, from 0."))] = None,
+    master: Annotated[str | None, Parameter(help=tr("HOST:PORT of the first host, where they meet."))] = None,
 ) -> int:
     """Train and return the exit code."""
     effective = _recipe(target, data or [], valid or [], method, output, set_ or [], resume)
-    return train(effective, resume=resume, plain=plain)
+    return train(effective, resume=resume, plain=plain, hosts=(nodes, node_rank, master))
 
 
-def train(effective: Effective, *, resume: bool = False, plain: bool = False) -> int:
+def train(
+    effective: Effective,
+    *,
+    resume: bool = False,
+    plain: bool = False,
+    hosts: tuple[int | None, int | None, str | None] = (None, None, None),
+) -> int:
     """Plan and train an effective recipe with everything a person sees around it."""
-    folder = runs.train(effective.recipe, resume=resume, show=Show(plain))
+    from kitaeru.engine.place import nodes_given, nodes_of_slurm, placed  # imports torch, which will be needed
+
+    nodes = nodes_given(*hosts) or nodes_of_slurm()
+    folder = runs.train(effective.recipe, resume=resume, show=Show(plain), nodes=nodes)
     if folder is None:
         return 1
-    from kitaeru.engine.place import placed  # imports torch, which has been needed by now
-
     place = placed()
-    if place is None or place.rank == 0:
+    if nodes.number == 0 if nodes else place is None or place.rank == 0:
         console = Console(highlight=False)
         print_samples(console, folder)
         print_summary(console, folder)

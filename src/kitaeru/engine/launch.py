@@ -1,16 +1,18 @@
-"""Starts the processes of a run on several devices of this machine, and says which one failed and why.
+"""Starts the processes of a run on the devices of this host, and says which one failed and why.
 
-Only the run's folder crosses into a worker. torch's elastic agent starts them, stops the others when one ends badly
-and starts all again while `max_restarts` allows. They are forked from one process that has imported everything and
+Only the run's folder crosses into a worker. torch's elastic agent starts them and stops the others when one ends badly.
+They are forked from one process that has imported everything and
 touched no GPU, so that starting N of them takes as long as starting one.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -23,42 +25,41 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from kitaeru.engine.hosts import Team
 from kitaeru.engine.rank import Record, lost_remedy, lost_text, records
-from kitaeru.errors import KitaeruError, SteppedDownError, TrainingError
-from kitaeru.events import EventLog, Notice, RunFinished, Step, read
+from kitaeru.errors import KitaeruError, RankLostError
+from kitaeru.events import EventLog, Notice, RunFinished
 from kitaeru.i18n import tr
 
 # After one has failed, the others get so long to go before they are killed.
 SHUTDOWN_SECONDS = 8
 
 
-def launch(
-    folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...], count: int, max_restarts: int
-) -> Any:
-    """Call `function(*arguments)` in `count` processes; what it gave on rank 0.
+def launch(folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...], team: Team) -> Any:
+    """Call `function(*arguments, team)` in the processes of this host; what it gave on the first of them.
 
     The function must be importable by name. Ctrl-C and SIGTERM are passed on to the processes, which save and end.
 
     Raises:
-        TrainingError: a process died; names it, its last step and the likely cause.
+        RankLostError: a process died or was lost; names it, its last step and the likely cause.
         SteppedDownError: memory ran out; call again, with arguments that go on from the last checkpoint.
         KitaeruError: the error that a process raised.
     """
     for noisy in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     multiprocessing.get_context("forkserver").set_forkserver_preload(["kitaeru.engine.rank", "kitaeru.report.live"])
-    for old in (folder / "logs").glob("rank-*.json"):
-        old.unlink()
+    for rank in range(team.first, team.first + team.local):
+        (folder / "logs" / f"rank-{rank}.json").unlink(missing_ok=True)
     options: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS} if _has("shutdown_timeout") else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=count,
+        nproc_per_node=team.local,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=max_restarts,
+        max_restarts=0,  # hosts start again together (engine.hosts)
         monitor_interval=0.1,
         start_method="forkserver",
         signals_to_handle="SIGHUP",  # the others are passed on below
@@ -66,12 +67,10 @@ def launch(
     )
     try:
         with _signals_passed_on(folder), _script_left_alone():
-            answers: dict[int, Any] = elastic_launch(config, function)(*arguments)
+            answers: dict[int, Any] = elastic_launch(config, function)(*arguments, team)
     except ChildFailedError as failed:
-        error = explain(folder, failed.failures)
-        if not isinstance(error, SteppedDownError):
-            _tell(folder, error)
-        raise error from None
+        failures = {team.first + local: failure for local, failure in failed.failures.items()}
+        raise explain(folder, failures, team.restarts) from None
     return answers[0]
 
 
@@ -82,7 +81,8 @@ def _has(name: str) -> bool:
 @contextmanager
 def _signals_passed_on(folder: Path) -> Iterator[None]:
     def pass_on(number: int, _: object) -> None:
-        for record in records(folder):
+        own = socket.gethostname()
+        for record in (record for record in records(folder) if record.host == own):
             with suppress(ProcessLookupError):
                 os.kill(record.pid, number)
 
@@ -108,9 +108,9 @@ def _script_left_alone() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
-def explain(folder: Path, failures: Mapping[int, ProcessFailure]) -> KitaeruError:
+def explain(folder: Path, failures: Mapping[int, ProcessFailure], restarts: int = 0) -> KitaeruError:
     """The error behind processes that ended badly: what one of them said itself, or a guess from how it died."""
-    said = records(folder)
+    said = records(folder, restarts)
     for record in said:
         if record.state == "failed" and record.kind:
             return record.error()
@@ -145,21 +145,27 @@ def died_of(number: int) -> str:
 
 def _lost(folder: Path, rank: int, said: list[Record], why: str) -> KitaeruError:
     host = next((record.host for record in said if record.rank == rank), "localhost")
-    where = str(folder / "logs" / f"rank-{rank}.log") if rank else None
-    return TrainingError(lost_text(rank, host, last_step(folder), why), where=where, remedy=lost_remedy())
+    log = folder / "logs" / f"rank-{rank}.log"
+    step = last_step(folder / "events.jsonl") or last_step(log)
+    return RankLostError(lost_text(rank, host, step, why), where=str(log) if rank else None, remedy=lost_remedy())
 
 
-def last_step(folder: Path) -> int:
-    """The last finished step that a run has told of."""
-    with suppress(OSError):
-        return max((event.step for event in read(folder / "events.jsonl") if isinstance(event, Step)), default=0)
-    return 0
+def last_step(log: Path) -> int:
+    """The last finished step that a log tells of; 0 where there is none."""
+    last = 0
+    with suppress(OSError), log.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if '"kind": "step"' in line:
+                with suppress(ValueError, KeyError):
+                    last = max(last, int(json.loads(line)["step"]))
+    return last
 
 
-def _tell(folder: Path, error: KitaeruError) -> None:
+def tell_failed(folder: Path, error: KitaeruError) -> None:
     """Into the log of the run, since the process that writes it may be the one that died."""
     with suppress(OSError):
-        log, step = EventLog(folder / "events.jsonl"), last_step(folder)
+        path = folder / "events.jsonl"
+        log, step = EventLog(path), last_step(path)
         log(Notice(level="error", text=str(error), step=step))
         log(RunFinished(outcome="failed", step=step, seconds=0.0, reason=str(error)))
         log.close()

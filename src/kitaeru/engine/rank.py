@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from kitaeru import errors
+from kitaeru.engine.ladder import RUNG
 from kitaeru.engine.place import Place
 from kitaeru.engine.run import Phase, Result, Run, train
 from kitaeru.errors import Interrupted, KitaeruError, TrainingError
 from kitaeru.events import Listener
-from kitaeru.files import write_json
+from kitaeru.files import write_atomic, write_json
 from kitaeru.i18n import tr
 from kitaeru.parallel.pulse import Lost
-from kitaeru.parallel.world import join, leave, lost_contact
+from kitaeru.parallel.world import World, join, leave, lost_contact
 
 LOST_EXIT = 75
 # One rank's death is an error on all: the first to notice waits, so that the one that died is found first.
 VICTIM_SECONDS = 3.0
+# On another host it is found by its silence.
+VICTIM_SECONDS_OVER_HOSTS = 14.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Record:
         """The error that ended the rank."""
         plain = (
             "TrainingError",
+            "RankLostError",
             "SteppedDownError",
             "CheckpointError",
             "PlanError",
@@ -101,7 +105,8 @@ def work(run: Run, place: Place, store: Any, listeners: Sequence[Listener], phas
     where = {"rank": place.rank, "size": place.size, "local_rank": place.local_rank, "local_size": place.local_size}
     world = None
     try:
-        world = join(store, device=layout.device, on_loss=partial(_leave_lost, note), **where)
+        world = join(store, device=layout.device, on_loss=partial(_leave_lost, run.folder, note), **where)
+        _same_data(run, world)
         result = train(run, listeners, phase, world)
         world.wait()
         note(state="done")
@@ -113,7 +118,7 @@ def work(run: Run, place: Place, store: Any, listeners: Sequence[Listener], phas
         victim = lost_contact(error)
         note(state="victim" if victim else "failed", what=f"{type(error).__name__}: {error}")
         if victim:
-            time.sleep(VICTIM_SECONDS)
+            time.sleep(VICTIM_SECONDS if place.size == place.local_size else VICTIM_SECONDS_OVER_HOSTS)
         raise
     finally:
         if world is not None:
@@ -136,11 +141,28 @@ def _note(folder: Path, first: Record, **changes: Any) -> None:
     write_json(folder / "logs" / f"rank-{first.rank}.json", {**asdict(first), **changes})
 
 
-def _leave_lost(note: Any, lost: Lost) -> None:
+def _same_data(run: Run, world: World) -> None:
+    """Ranks on other hosts have read their own files.
+
+    Raises:
+        DataError: these hold something else.
+    """
+    prints = world.each_of((world.host, run.data.train.fingerprint))
+    other = next((host for host, own in prints if own != prints[0][1]), None)
+    if other is not None:
+        raise errors.DataError(
+            tr("The training data on {host} is not that on {first}.", host=other, first=prints[0][0]),
+            remedy=tr("Give every host the same files, under the same path."),
+        )
+
+
+def _leave_lost(folder: Path, note: Any, lost: Lost) -> None:
     """Another rank is lost: say which, and end at once; a collective that waits for it never comes back."""
-    what = lost_text(lost.rank, lost.host, lost.step, lost.why)
-    note(state="lost", what=what, step=lost.step, kind="TrainingError", remedy=lost_remedy())
-    if lost.host == socket.gethostname():
+    what = lost_text(lost.rank, lost.host, lost.step, lost.why) if lost.host else lost.why
+    if lost.word:  # its host has stepped down, and so must this one
+        write_atomic(folder / RUNG, lost.word)
+    note(state="lost", what=what, step=lost.step, kind=lost.kind, remedy=lost_remedy())
+    if lost.process and lost.host == socket.gethostname():
         with suppress(ProcessLookupError, PermissionError):
             os.kill(lost.process, signal.SIGKILL)  # one that is stopped would keep whoever waits for it
     os._exit(LOST_EXIT)

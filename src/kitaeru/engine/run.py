@@ -74,9 +74,7 @@ class Result:
     result: Path | None
 
 
-def prepare(
-    wish: Recipe, *, resume: bool = False, phase: Phase | None = None, hardware: Hardware | None = None
-) -> Run:
+def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None, hardware: Hardware | None = None) -> Run:
     """Read the data, make the plan (for `hardware`; without it, this machine), open the run folder.
 
     Raises:
@@ -320,7 +318,8 @@ def _ready(run: Run, emit: Listener, phase: Phase | None, world: World) -> tuple
             max_steps=loop.total,
             resumed_step=loop.progress.step,
             environment=environment(),
-            trainable_parameters=sum(p.numel() for p in trainee.model.parameters() if p.requires_grad),
+            trainable_parameters=trainee.held.elsewhere[0]
+            + sum(p.numel() for p in trainee.model.parameters() if p.requires_grad),
             total_parameters=_parameters(trainee),
             mfu_of_rate=mfu_of_rate(run.plan),
         )
@@ -373,7 +372,8 @@ def _parameters(trainee: Trainee) -> int:
         for module in trainee.model.modules()
         if getattr(module, "quant_state", None) is not None
     }
-    return sum(stood_for.get(parameter, parameter.numel()) for parameter in trainee.model.parameters())
+    here: int = sum(stood_for.get(parameter, parameter.numel()) for parameter in trainee.model.parameters())
+    return here + trainee.held.elsewhere[1]
 
 
 def _ask(trainee: Trainee, asked: Sequence[Question], step: int) -> None:

@@ -7,6 +7,7 @@ which takes the rest along.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -21,17 +22,26 @@ BEAT_SECONDS = 1.0
 SILENT_SECONDS = {"working": 12.0, "waiting": 12.0, "free": 120.0}
 # A micro-batch may take that many times the longest one so far, and at least so many seconds.
 STUCK_TIMES, STUCK_SECONDS, FIRST_SECONDS, COLLECTIVE_SECONDS = 10.0, 15.0, 900.0, 120.0
+# A host that is cut off hears nothing, not even that a connection has closed.
+CUT_OFF_SECONDS = 15
+# What a host leaves in the store when one of its ranks has failed.
+OVER = "over"
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A rank that is not coming any more; `process` is its number on its host."""
+    """A rank that is not coming any more; `process` is its number on its host. Where another host has told of it, `why`
+    is the whole sentence and `host` is empty; `kind` is the error's class, and `word` is for whoever starts the ranks
+    again.
+    """
 
     rank: int
     host: str
     process: int
     step: int
     why: str
+    kind: str = "RankLostError"
+    word: str = ""
 
 
 @dataclass
@@ -56,10 +66,11 @@ class Pulse:
         self._longest, self._began = 0.0, 0.0
         self._seen = [_Seen() for _ in peers]
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stop, self._telling = threading.Event(), threading.Lock()
         self._say()
-        self._thread = threading.Thread(target=self._live, name="pulse", daemon=True)
-        self._thread.start()
+        self._rounds = 0
+        for target in (self._live, self._guard):
+            threading.Thread(target=target, name="pulse", daemon=True).start()
 
     def working(self, step: int) -> None:
         """A micro-batch of the step after `step` begins."""
@@ -104,14 +115,34 @@ class Pulse:
             try:
                 self._say()
                 lost = self._look(self._store.multi_get(keys)) if self._store.check(keys) else None
+                if self._store.check([OVER]):
+                    lost = Lost(**json.loads(self._store.get(OVER)))
+                self._rounds += 1
             except Exception as error:
                 if self._stop.is_set():
                     return
                 why = tr("the connection to it broke ({error})", error=str(error).splitlines()[0])
                 lost = Lost(0, *self._peers[0], self._step, why)
-            if lost is not None and not self._stop.is_set():
-                self._on_loss(lost)
+            if lost is not None:
+                self._tell(lost)
                 return
+
+    def _guard(self) -> None:
+        """The other thread may be waiting for an answer that never comes."""
+        rounds, silent = 0, 0
+        while not self._stop.wait(BEAT_SECONDS):
+            silent = silent + 1 if rounds == self._rounds else 0  # counted: a held lock of Python's stops both threads
+            rounds = self._rounds
+            if silent >= CUT_OFF_SECONDS:
+                why = tr("no answer for {seconds} s; its host is down, or this one is cut off", seconds=silent)
+                self._tell(Lost(0, *self._peers[0], self._step, why))
+                return
+
+    def _tell(self, lost: Lost) -> None:
+        with self._telling:
+            if not self._stop.is_set():
+                self._on_loss(lost)
+                self._stop.set()
 
     def _look(self, values: list[bytes]) -> Lost | None:
         now = time.monotonic()
@@ -134,7 +165,12 @@ class Pulse:
     def _trouble(self, rank: int, state: str, longest: float, now: float) -> str:
         seen = self._seen[rank]
         if state != "done" and now - seen.heard > SILENT_SECONDS[state]:
-            return tr("no sign of life for {seconds:.0f} s", seconds=now - seen.heard)
+            if self._peers[rank][0] == self._peers[self._rank][0]:
+                return tr("no sign of life for {seconds:.0f} s", seconds=now - seen.heard)
+            return tr(
+                "no sign of life for {seconds:.0f} s; its host is down, or cut off from the network",
+                seconds=now - seen.heard,
+            )
         limit = max(STUCK_SECONDS, STUCK_TIMES * longest) if longest else FIRST_SECONDS
         if state == "working" and now - seen.moved > limit:
             return tr("stuck in a micro-batch for {seconds:.0f} s", seconds=now - seen.moved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from kitaeru.parallel.pulse import Lost, NoPulse, Pulse
+from kitaeru.parallel.pulse import OVER, Lost, NoPulse, Pulse
 
 # Waiting longer than this in a collective is an error whatever the reason; `pulse` finds dead ranks much sooner.
 TIMEOUT = timedelta(hours=1)
@@ -132,6 +133,11 @@ def join(
     world = World(rank, size, local_rank)
     if on_loss is not None and size > 1:  # before the first collective, which may already wait for a dead rank
         store.set(f"process/{rank}", f"{world.host} {os.getpid()}")
+        end = time.monotonic() + store.timeout.total_seconds()
+        while not store.check([f"process/{other}" for other in range(size)]):
+            if store.check([OVER]) or time.monotonic() > end:
+                raise RuntimeError("connection refused: not all ranks have come")
+            time.sleep(0.1)
         processes = [store.get(f"process/{other}").decode().split() for other in range(size)]
         peers = [(host, int(number)) for host, number in processes]
         world = replace(world, pulse=Pulse(store.clone(), rank, peers, on_loss))
