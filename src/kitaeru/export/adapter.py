@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from kitaeru.errors import ModelError
 from kitaeru.i18n import tr
+from kitaeru.model.adapt import read_adapter
 
 
 def put_on(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
@@ -25,7 +25,7 @@ def put_on(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     places = model.__dict__.pop("hf_device_map", None)
     try:
         with _stand_ins(model):
-            tuned = PeftModel.from_pretrained(model, str(adapter))
+            tuned = read_adapter(model, adapter)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ModelError(
             tr("The adapter does not fit this model: {said}", said=str(error).splitlines()[0]),

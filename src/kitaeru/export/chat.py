@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kitaeru.errors import ModelError
 from kitaeru.export.stream import TextPieces
 from kitaeru.i18n import tr
+from kitaeru.model.adapt import read_adapter
 from kitaeru.model.generate import Sampling, answer
 from kitaeru.model.load import load_model
 from kitaeru.model.quiet import quiet_libraries
@@ -119,7 +119,7 @@ def _open_run(folder: Path, compare: bool, quantize: str | None) -> Chat:
     if (folder / "adapter").is_dir():
         tokenizer = load_tokenizer(section)
         base = load_model(section, layout, 0) if quantize or plan.layout.variant != DISK else _from_disk(plan, layout)
-        tuned = PeftModel.from_pretrained(base, str(folder / "adapter"))
+        tuned = read_adapter(base, folder / "adapter")
         tuned.eval()
         voices = [Voice(tr("tuned"), base)]
         if compare:

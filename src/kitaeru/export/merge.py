@@ -8,10 +8,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from peft.utils.integrations import dequantize_module_weight
 from transformers import PreTrainedModel
 
@@ -22,6 +21,8 @@ from kitaeru.export.place import new_folder, weight_files_bytes
 from kitaeru.export.probe import SAME, logits_of, probe_ids
 from kitaeru.export.quantize import stored_precision
 from kitaeru.i18n import tr
+from kitaeru.model.adapt import read_adapter
+from kitaeru.model.experts import STACKS, PackedExperts
 from kitaeru.model.head import distance
 from kitaeru.model.load import config_dict, load_config, load_to_answer
 from kitaeru.model.quiet import quiet_libraries
@@ -83,7 +84,7 @@ def export_merged(run: Path, target: Path, into: Into = "auto") -> Exported:
     del trained
     whole = load_to_answer(section, base="none", precision=precision, device_map=place)
     _put(whole, replaced)
-    merged = PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload(safe_merge=True)
+    merged: Any = read_adapter(whole, adapter).merge_and_unload(safe_merge=True)
     with new_folder(target) as folder:
         merged.save_pretrained(str(folder), safe_serialization=True)
         tokenizer.save_pretrained(str(folder))
@@ -150,17 +151,19 @@ def _parameters(plan: Plan) -> int:
 
 
 def _with(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    PeftModel.from_pretrained(base, str(adapter)).eval()
+    read_adapter(base, adapter).eval()
     return base
 
 
 def _unpacked(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The weights that packed ones stand for, by name, on the CPU."""
-    return {
-        f"{name}.weight": dequantize_module_weight(module).detach().cpu()
-        for name, module in model.named_modules()
-        if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
-    }
+    found: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params"):
+            found[f"{name}.weight"] = dequantize_module_weight(module).detach().cpu()
+        elif isinstance(module, PackedExperts):
+            found |= {f"{name}.{stack}": module.whole(stack).cpu() for stack in STACKS}
+    return found
 
 
 @torch.no_grad()

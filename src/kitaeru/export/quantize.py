@@ -17,6 +17,7 @@ from kitaeru.export.card import write_card
 from kitaeru.export.place import new_folder, weight_files_bytes
 from kitaeru.export.probe import logits_of, loss_of, probe_ids
 from kitaeru.i18n import tr
+from kitaeru.model.experts import PackedExperts
 from kitaeru.model.generate import first_device
 from kitaeru.model.head import distance
 from kitaeru.model.load import DTYPES, is_quantised, load_config, load_to_answer
@@ -78,6 +79,12 @@ def quantize(section: ModelSection, bits: Bits, target: Path) -> Quantised:
         model = load_to_answer(section, base=_BASES[bits], precision=precision)
         if not is_quantised(model.config):
             raise ModelError(tr("transformers cannot quantise {model}.", model=section.name))
+        if any(isinstance(module, PackedExperts) for module in model.modules()):
+            raise ModelError(
+                tr("There is no file format in which other programs would read the packed experts of {model}.",
+                   model=section.name),
+                remedy=tr("It needs none: training and chat pack the experts while they load the 16-bit files."),
+            )  # fmt: skip
         meant = logits_of(model, ids)
         model.save_pretrained(str(folder), safe_serialization=True)
         tokenizer.save_pretrained(str(folder))
@@ -157,7 +164,8 @@ def held_bytes(model: PreTrainedModel) -> int:
             total += sum(t.numel() * t.element_size() for t in state.as_dict(packed=True).values())
         scales = getattr(parameter, "SCB", None)
         total += scales.numel() * scales.element_size() if scales is not None else 0
-    return total
+    experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    return total + sum(buffer.numel() * buffer.element_size() for module in experts for buffer in module.buffers())
 
 
 def _speed(model: PreTrainedModel, ids: torch.Tensor) -> float:

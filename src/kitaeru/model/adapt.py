@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from kitaeru.errors import ModelError
 from kitaeru.i18n import tr
+from kitaeru.model.experts import adapt_packed
 from kitaeru.recipe.types import LoraSection
 
 
@@ -36,13 +38,21 @@ def add_adapter(model: PreTrainedModel, section: LoraSection, seed: int) -> Peft
         init_lora_weights=init,
     )
     try:
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, adapt_packed(config))
     except ValueError as error:
         raise ModelError(tr("The adapter does not fit this model: {said}", said=str(error).splitlines()[0])) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def read_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """`model` with the adapter of a PEFT folder, for answers."""
+    config = PeftConfig.from_pretrained(str(folder))
+    if isinstance(config, LoraConfig):
+        config = adapt_packed(config)
+    return PeftModel.from_pretrained(model, str(folder), config=config)
 
 
 def _targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> str | list[str]:

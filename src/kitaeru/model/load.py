@@ -15,6 +15,7 @@ from kitaeru.errors import ModelError
 from kitaeru.i18n import tr
 from kitaeru.model import attention
 from kitaeru.model.bundled import bundled_folder
+from kitaeru.model.experts import packing
 from kitaeru.model.stages import Share, keep_only, move, places_of, put_back, without
 from kitaeru.plan.types import Base, Layout, Precision
 from kitaeru.recipe.types import ModelSection
@@ -66,7 +67,7 @@ def load_model(
     trains_all = layout.method in ("full", "pretrain")
     dtype = torch.float32 if trains_all else DTYPES[layout.precision]
     # Cut into pieces a layer at a time on its way to the device: it need not fit there whole.
-    device = torch.device("cpu" if layout.strategy in ("fsdp", "zero3") else layout.device)
+    device = torch.device("cpu" if layout.strategy in ("fsdp", "tensor", "zero3") else layout.device)
     if layout.method == "pretrain":
         torch.manual_seed(seed)
         config.dtype = torch.float32
@@ -161,14 +162,16 @@ def attention_for(section: ModelSection, config: PretrainedConfig) -> str | None
 
 
 def quantisation(base: Base, precision: Precision) -> BitsAndBytesConfig:
-    """How transformers must store a base in 4 (NF4, double quantisation) or 8 bits (LLM.int8)."""
+    """How transformers must store a base in 4 (NF4, double quantisation) or 8 bits (LLM.int8); its experts too."""
     if base == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[precision],
+        return packing(BitsAndBytesConfig(load_in_8bit=True))
+    return packing(
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[precision],
+        )
     )
 
 

@@ -10,6 +10,8 @@ from kitaeru.recipe.types import LoraSection, Optimizer
 from kitaeru.shape import Linear, ModelShape
 
 NF4_BLOCK, NF4_SECOND_BLOCK = 64, 256
+# Of a mixture's packed experts, what a grouped product may have expanded at a time (kernels.experts).
+EXPANDED_AT_ONCE_BYTES = 256 << 20
 # Layers in memory at a time when they come from disk (model.stream).
 LAYERS_FROM_DISK = 2
 # Families whose stacked experts PEFT adapts with `all-linear`.
