@@ -81,3 +81,94 @@ def test_same_losses_and_weights(
         assert answer["frozen"]
     # Each rank has a share of what is trained.
     assert sum(answer["numbers"] for answer in answers) == wanted["numbers"]
+
+
+# A rate that does not depend on the run's length, so that a part of it can be run.
+RUN = {
+    "train__max_steps": 9,
+    "train__learning_rate": 3e-3,
+    "train__global_batch_tokens": 300,
+    "train__schedule": "constant",
+    "train__warmup_steps": 0,
+    "train__save_every": 3,
+    "train__keep_checkpoints": 9,
+    "train__keep_best": False,
+    "train__weight_decay": 0.1,
+    "micro_batch_tokens": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("full", [("single", 1, ""), ("zero1", 2, ""), ("zero3", 3, "")]),
+        ("full", [("zero3", 2, "offload-all"), ("zero2", 3, "offload"), ("fsdp", 2, "")]),
+        ("lora", [("zero2", 2, ""), ("zero3", 2, ""), ("single", 1, "")]),
+    ],
+)
+def test_one_run_under_three_strategies(crew, family, chat_data, tmp_path, method, parts):
+    options = {"model": family("llama"), "data": chat_data, "method": method, **RUN}
+    [wanted] = crew.run(tmp_path / "whole", 1, crew.train, folder=tmp_path / "alone", write=True, **options)
+    losses = []
+    for number, (strategy, ranks, variant) in enumerate(parts):
+        answers = crew.run(
+            tmp_path / str(number),
+            ranks,
+            crew.train,
+            folder=tmp_path / "run",
+            strategy=strategy,
+            variant=variant,
+            resume=number > 0,
+            write=number == 2,
+            stop_at=3 * (number + 1),
+            **options,
+        )
+        losses += answers[0]["losses"]
+    assert losses == pytest.approx(wanted["losses"], rel=1e-5)
+    assert far(answers[0]["weights"], wanted["weights"]) <= 1e-5
+    assert far(written(answers[0]["result"]), written(wanted["result"])) <= 1e-5
+
+
+def written(folder):
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    [file] = Path(folder).glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize(("strategy", "variant"), [("zero2", "offload"), ("zero3", "")])
+def test_a_step_left_out_leaves_nothing_behind(crew, family, chat_data, tmp_path, strategy, variant):
+    options = {"model": family("llama"), "data": chat_data, "method": "full", "step": 2, **RUN}
+    options |= {"train__max_steps": 4, "train__on_spike": "skip"}
+    [wanted] = crew.run(tmp_path / "1", 1, crew.skips, folder=tmp_path / "one", **options)
+    how = {"strategy": strategy, "variant": variant}
+    for answer in crew.run(tmp_path / "2", 2, crew.skips, folder=tmp_path / "two", **how, **options):
+        assert answer["skipped"] == wanted["skipped"] == [2]
+        assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+
+
+def test_a_frozen_base_in_4_bits_stays_as_it_is(crew, tiny_model, chat_data, tmp_path):
+    """And answers are those of one device."""
+    options = {"model": tiny_model, "data": chat_data, "method": "qlora", "stop_at": 5, **RUN}
+    [wanted] = crew.run(tmp_path / "1", 1, crew.answering, folder=tmp_path / "one", **options)
+    for answer in crew.run(tmp_path / "2", 2, crew.answering, folder=tmp_path / "two", strategy="zero2", **options):
+        assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+        assert answer["frozen"]
+        assert answer["texts"] == wanted["texts"]
+
+
+def test_weights_in_pieces_answer_and_come_back(crew, family, chat_data, valid_data, tmp_path):
+    """Earlier weights are put back after an evaluation; ranks without a micro-batch of their own; answers."""
+    options = {"model": family("llama"), "data": chat_data, "method": "full", **RUN}
+    best = {"data__valid": str(valid_data), "train__keep_best": True, "train__eval_every": 3, "step": 3}
+    best |= {"train__global_batch_tokens": 60, "train__max_steps": 4}
+    [wanted] = crew.run(tmp_path / "1", 1, crew.best, folder=tmp_path / "one", **options | best)
+    answers = crew.run(tmp_path / "2", 2, crew.best, folder=tmp_path / "two", strategy="zero3", **options | best)
+    for answer in answers:
+        assert answer["again"] == answer["then"] == pytest.approx(wanted["again"], rel=1e-5)
+    [wanted] = crew.run(tmp_path / "3", 1, crew.answering, folder=tmp_path / "three", stop_at=2, **options)
+    how = {"strategy": "zero3", "stop_at": 2}
+    for answer in crew.run(tmp_path / "4", 2, crew.answering, folder=tmp_path / "four", **how, **options):
+        assert answer["texts"] == wanted["texts"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -79,6 +80,8 @@ def library(layout: Layout) -> Any:
     except ImportError as error:
         raise MissingLibraryError("deepspeed", tr("The strategy {name}", name=layout.strategy), INSTALL) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls what newer versions of torch have renamed, in every step.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     # A shared-memory sum for CPUs, compiled when first used; gloo does without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -136,8 +139,14 @@ def _piece(
 def inside(held: Held, function: Callable[[], T]) -> T:
     """Call it with the weights outside of the layers put together; the layers do it themselves."""
     _fresh(held)
-    result: T = held.unit(function)
-    return result
+    found: list[T] = []
+
+    def call() -> list[torch.Tensor]:
+        found.append(function())
+        return []  # DeepSpeed looks for tensors in what a module gives
+
+    held.unit(call)
+    return found[0]
 
 
 def gradients(held: Held, work: Work) -> dict[int, torch.Tensor]:
@@ -264,9 +273,7 @@ class _Driven(torch.optim.Optimizer):
                 whole[key] = value
                 if len(states) != len(members) or any(float(state[key]) != float(value) for state in states):
                     raise CheckpointError(
-                        tr(
-                            "Not all weights of this checkpoint were updated equally often, and DeepSpeed has one count."
-                        ),
+                        tr("The weights of this checkpoint were not all updated equally often, as DeepSpeed needs."),
                         where=members[0][0],
                         remedy=tr("Go on with another strategy: --set strategy=fsdp"),
                     )
