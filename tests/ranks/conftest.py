@@ -46,6 +46,9 @@ def _config(family: str, layers: int) -> Any:
             return transformers.LlamaConfig(**shape, tie_word_embeddings=True)
         case "qwen3":
             return transformers.Qwen3Config(**shape, head_dim=8, tie_word_embeddings=False)
+        case "biased":
+            shape["num_key_value_heads"] = 4
+            return transformers.LlamaConfig(**shape, attention_bias=True, mlp_bias=True)
         case "gemma":
             return transformers.GemmaConfig(**shape, head_dim=8)
         case "mixtral":
@@ -66,7 +69,10 @@ def family(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory):
             folder = tmp_path_factory.mktemp("families") / name
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                AutoModelForCausalLM.from_config(_config(name, layers)).save_pretrained(folder)
+                model = AutoModelForCausalLM.from_config(_config(name, layers))
+                for parameter in (p for n, p in model.named_parameters() if n.endswith("bias")):
+                    torch.nn.init.normal_(parameter, std=0.1)  # transformers starts them at nought
+                model.save_pretrained(folder)
             for file in TOKENIZER_FILES:
                 if (tokenizer_folder / file).is_file():
                     shutil.copy(tokenizer_folder / file, folder)

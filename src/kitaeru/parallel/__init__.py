@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kitaeru.parallel import ddp, fsdp, model_parallel, pipeline, single, zero
+from kitaeru.parallel import ddp, fsdp, model_parallel, pipeline, single, tensor, zero
 from kitaeru.parallel.types import Strategy
 
 STRATEGIES: dict[str, Strategy] = {
@@ -11,6 +11,7 @@ STRATEGIES: dict[str, Strategy] = {
     "fsdp": fsdp,
     "pipeline": pipeline,
     "model_parallel": model_parallel,
+    "tensor": tensor,
     "zero1": zero,
     "zero2": zero,
     "zero3": zero,

@@ -87,7 +87,7 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
         for module in blocks:
             cut(module)
     else:
-        for number, tensors in _arriving(unit.parts, world, device):
+        for number, tensors in arriving(unit.parts, world, device):
             unit.parts.put(tensors)
             del tensors
             inside_it = set(unit.parts.layers[number].modules())
@@ -125,7 +125,7 @@ def _mesh(world: World, layout: Layout) -> DeviceMesh:
     )
 
 
-def _arriving(parts: Parts, world: World, device: torch.device) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+def arriving(parts: Parts, world: World, device: torch.device) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Each part in order, whole: read by one rank, which sends it to all. As many are read at a time as there are
     ranks, one by each.
     """

@@ -68,7 +68,8 @@ class Held:
     Names in `named` are those of the whole model, in its order; ranks may hold different ones. `state` is the
     strategy's own. `devices` are those of this process where it has more than one. `at`: where it computes (None: where
     its trained parameters are). `rows`: which part of them its pieces are, where they are rows. `optimizer`: the one
-    that a strategy drives itself.
+    that a strategy drives itself. `elsewhere`: how many numbers of the trained parameters, and of all, only others
+    have, where the model's parameters here are pieces themselves.
     """
 
     world: World
@@ -79,6 +80,7 @@ class Held:
     at: torch.device | None = None
     rows: Mapping[str, Rows] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
+    elsewhere: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ Rule = Callable[[Case], str | None]
 
 def is_built(layout: Layout) -> bool:
     """Whether the engine can run this way today."""
-    if layout.strategy not in STRATEGIES_BUILT or layout.packed_experts or layout.activations == "offload":
+    if layout.strategy not in STRATEGIES_BUILT or layout.activations == "offload":
         return False
     variants = VARIANTS_BUILT.get(layout.strategy, ("",))
     return layout.variant in variants and layout.base in BASES_BUILT.get(layout.strategy, (layout.base,))
@@ -63,7 +63,7 @@ def comes_in_parts(layout: Layout, lora: LoraSection) -> bool:
     Random weights are drawn all at once; some adapters start from whole weights, and a module that is trained beside an
     adapter is a copy of one.
     """
-    if layout.strategy != "fsdp" or layout.method == "pretrain":
+    if layout.strategy not in ("fsdp", "tensor") or layout.method == "pretrain":
         return False
     return layout.method == "full" or _starts_alone(lora)
 
@@ -195,6 +195,14 @@ def _stages_start_alone(case: Case) -> str | None:
     return tr("PiSSA, OLoRA and DoRA start from the weights of every layer, and each process has only its own.")
 
 
+def _pieces_start_alone(case: Case) -> str | None:
+    if case.layout.strategy != "fsdp" or case.layout.base == "none" or _starts_alone(case.recipe.lora):
+        return None
+    return tr(
+        "PiSSA, OLoRA, DoRA and `modules_to_save` start from whole weights, and fsdp loads pieces of packed ones."
+    )
+
+
 def _optimizer_sees_whole_weights(case: Case) -> str | None:
     optimizer, strategy = case.recipe.train.optimizer, case.layout.strategy
     if strategy == "fsdp" and case.layout.method in ("lora", "qlora"):  # every device has the whole adapter
@@ -223,11 +231,15 @@ def _pieces_have_no_loss_scale(case: Case) -> str | None:
 def _offloaded_optimizer_is_adamw(case: Case) -> str | None:
     if not case.layout.variant.startswith("offload") or case.recipe.train.optimizer == "adamw":
         return None
+    if case.layout.strategy == "fsdp" and case.layout.method in ("lora", "qlora"):  # its optimizer stays
+        return None
     return tr("An optimizer that runs on the CPU is AdamW.")
 
 
 def _adapters_need_no_offload(case: Case) -> str | None:
     if not case.layout.variant.startswith("offload") or case.layout.method in ("full", "pretrain"):
+        return None
+    if case.layout.strategy == "fsdp":  # the base goes to RAM
         return None
     return tr("An adapter's optimizer is too small for offloading it to give room.")
 
@@ -308,6 +320,7 @@ RULES: tuple[Rule, ...] = (
     _stages_have_layers,
     _trained_tables_are_on_one_device,
     _stages_start_alone,
+    _pieces_start_alone,
     _optimizer_sees_whole_weights,
     _pieces_have_no_loss_scale,
     _offloaded_optimizer_is_adamw,
@@ -337,6 +350,12 @@ class Arrangement:
     devices: int = 1
     replicas: int = 1
     chunks: int = 1
+    shards: int = 0
+
+    @property
+    def split_over(self) -> int:
+        """Devices that one copy of the model is split over."""
+        return self.shards or (self.devices if self.strategy == "fsdp" else self.devices // self.replicas)
 
     @property
     def ranks_go_through_all(self) -> bool:
@@ -347,21 +366,25 @@ class Arrangement:
 _OFFLOADS = {"zero1": ("",), "zero2": ("", "offload"), "zero3": ("", "offload", "offload-bf16", "offload-all")}
 
 
-def arrangements(wish: str, count: int) -> Iterator[Arrangement]:
-    """Ways to use `count` devices, simplest first; `wish` is the recipe's strategy."""
-    for arrangement in _all_arrangements(count):
+def arrangements(wish: str, count: int, group: int | None = None) -> Iterator[Arrangement]:
+    """Ways to use `count` devices, simplest first; `wish` is the recipe's strategy, `group` the devices that fsdp may
+    cut a copy among (those of one host) where there are more.
+    """
+    for arrangement in _all_arrangements(count, group):
         if wish in ("auto", arrangement.strategy):
             yield arrangement
 
 
-def _all_arrangements(count: int) -> Iterator[Arrangement]:
+def _all_arrangements(count: int, group: int | None) -> Iterator[Arrangement]:
     yield Arrangement("single")
     yield Arrangement("single", DISK)
     if count < 2:  # shown as illegal, with the reason
         yield from (Arrangement(name) for name in ("ddp", "fsdp", "pipeline", "model_parallel", "tensor", *ZERO))
         return
     yield Arrangement("ddp", "", count, count)
-    yield from (Arrangement("fsdp", variant, count, count) for variant in ("", "grad"))
+    if group is not None and 1 < group < count and count % group == 0:
+        yield from (Arrangement("fsdp", variant, count, count, shards=group) for variant in ("", "grad"))
+    yield from (Arrangement("fsdp", variant, count, count) for variant in ("", "grad", "offload"))
     for stages in (s for s in range(2, count + 1) if count % s == 0):
         yield Arrangement("pipeline", "1f1b", count, count // stages)
         yield Arrangement("pipeline", "interleaved", count, count // stages, 2)
