@@ -258,13 +258,12 @@ class Pricing:
 
     def _layouts(self, arrangement: Arrangement, method: MethodKind, base: Base) -> Iterator[list[Layout]]:
         """The layouts of one arrangement and method, in rows that differ by the size of a micro-batch: one for each
-        thing that can be done with activations, and of a mixture's experts for both ways to store them.
+        thing that can be done with activations.
         """
         problem = self.problem
         device: Literal["cuda", "cpu"] = "cpu" if problem.device is None else "cuda"
         if problem.recipe.limits.device == "cuda":
             device = "cuda"
-        packed = (False, True) if base == "nf4" and problem.shape.experts else (False,)
         sizes = micro_batch_sizes(problem, arrangement.replicas)
         bare = Layout(
             arrangement.strategy, method, base, problem.precision, "keep", sizes[0], device, arrangement.devices,
@@ -275,19 +274,17 @@ class Pricing:
         if len(policies) > 1 and arithmetic == "plain" and device == "cuda" and arrangement.ranks_go_through_all:
             policies = (*policies, "offload")
         for activations in policies:
-            for experts in packed:
-                row = [
-                    Layout(
-                        arrangement.strategy, method, base, problem.precision, activations, tokens, device,
-                        arrangement.devices, arrangement.variant, arrangement.replicas, arrangement.chunks,
-                        packed_experts=experts,
-                        arithmetic=arithmetic,
-                        shards=arrangement.shards,
-                    )
-                    for tokens in sizes
-                ]  # fmt: skip
-                if is_built(row[0]) or not self.built_only:
-                    yield row
+            row = [
+                Layout(
+                    arrangement.strategy, method, base, problem.precision, activations, tokens, device,
+                    arrangement.devices, arrangement.variant, arrangement.replicas, arrangement.chunks,
+                    arithmetic=arithmetic,
+                    shards=arrangement.shards,
+                )
+                for tokens in sizes
+            ]  # fmt: skip
+            if is_built(row[0]) or not self.built_only:
+                yield row
 
     def _illegal(self, layout: Layout) -> str | None:
         problem = self.problem
@@ -412,7 +409,8 @@ def micro_batch_sizes(problem: Problem, replicas: int = 1) -> list[int]:
 def choose(usable: Sequence[Candidate]) -> Candidate:
     """Of those that fit and are built: the preferred method, then the fastest, the simplest, the fewest bytes.
 
-    The preferred method is the first that fits whole on a device (`single` or `ddp`); where none does, all compete.
+    The preferred method is the first that fits whole on a device (`single` or `ddp`); where none does, all compete. A
+    way that keeps weights or the optimizer in RAM is taken where no other fits.
     """
     pool = list(usable)
     for candidate in usable:
@@ -420,7 +418,7 @@ def choose(usable: Sequence[Candidate]) -> Candidate:
             kind = (candidate.layout.method, candidate.layout.base)
             pool = [c for c in usable if (c.layout.method, c.layout.base) == kind]
             break
-    return _fastest(pool)
+    return _fastest([c for c in pool if not c.layout.variant.startswith("offload")] or pool)
 
 
 def _fastest(pool: Sequence[Candidate]) -> Candidate:
@@ -445,7 +443,7 @@ def _best_of_each(candidates: Sequence[Candidate], chosen: Candidate | None) -> 
     for candidate in candidates:
         layout = candidate.layout
         own_policy = layout.activations if layout.way == own else ""
-        key = (layout.method, str(layout.packed_experts), layout.way, own_policy, str(candidate.built))
+        key = (layout.method, layout.way, own_policy, str(candidate.built))
         groups.setdefault(key, []).append(candidate)
     found: list[Candidate] = [] if chosen is None else [chosen]
     for group in groups.values():

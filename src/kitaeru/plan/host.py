@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from kitaeru.i18n import N_
 from kitaeru.plan.activations import offloaded_bytes
+from kitaeru.plan.layouts import comes_in_parts
 from kitaeru.plan.memory import GPU_PROCESS_HOST_BYTES, host_bytes
-from kitaeru.plan.stored import Setting, trained_parameters, weight_bytes
+from kitaeru.plan.ranks import layer_weight_bytes
+from kitaeru.plan.stored import Setting, trained_parameters, trains_all, weight_bytes
 from kitaeru.plan.types import Layout
 from kitaeru.shape import ModelShape
 
-# Bytes of a trained number in RAM: DeepSpeed's CPU AdamW has a 32-bit weight, two moments and a 32-bit gradient.
+# Bytes of a trained number in RAM: AdamW on the CPU, torch's or DeepSpeed's, has a 32-bit weight, two moments and a
+# 32-bit gradient.
 MASTER_BYTES, GRADIENT_BYTES = 4, 4
 MOMENT_BYTES = {"offload": 8, "offload-all": 8, "offload-bf16": 4}
 # Pinned buffers through which a device's copies go, for each device.
@@ -39,12 +42,17 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
         return {"processes": host_bytes(layout, shape, setting) * layout.devices}
     processes = 1 if layout.strategy in ("single", "model_parallel") else layout.devices
     loading = host_bytes(layout, shape, setting) - GPU_PROCESS_HOST_BYTES
-    if layout.strategy == "fsdp":  # each process has the whole model in RAM before it cuts its pieces out
+    if comes_in_parts(layout, setting.lora):  # each process reads a layer of its own at a time
+        loading = layout.devices * sum(layer_weight_bytes(layout, shape))
+    elif layout.strategy == "fsdp":  # each has the whole model in RAM before it cuts its pieces out
         loading += layout.devices * sum(weight_bytes(layout, shape))
     items = {"processes": processes * GPU_PROCESS_HOST_BYTES, "loading": loading}
     if layout.activations == "offload":
         items["activations"] = layout.devices * offloaded_bytes(layout, shape, setting)
-    if layout.variant in MOMENT_BYTES:
+    if layout.strategy == "fsdp" and layout.variant and not trains_all(layout) and layout.variant != "grad":
+        items["weights"] = weight_bytes(layout, shape)[0]
+        items["pinned"] = PINNED_BYTES * layout.devices
+    elif layout.variant in MOMENT_BYTES:
         trained = trained_parameters(layout, shape, setting.lora)
         items["optimizer"] = (MASTER_BYTES + MOMENT_BYTES[layout.variant]) * trained
         items["gradients"] = GRADIENT_BYTES * trained

@@ -13,6 +13,7 @@ from kitaeru.hardware import Device
 from kitaeru.i18n import tr
 from kitaeru.plan import fused
 from kitaeru.plan.deepspeed import ZERO as ZERO
+from kitaeru.plan.stored import packs_experts
 from kitaeru.plan.types import Activations, Arithmetic, Base, Layout, MethodKind, Precision
 from kitaeru.recipe.checks import STRATEGIES_BUILT
 from kitaeru.recipe.types import LoraSection, Recipe
@@ -28,8 +29,10 @@ VARIANTS_BUILT: dict[str, tuple[str, ...]] = {
     "fsdp": ("", "grad", "offload"),
 }
 # Bases with which a built strategy is known to train exactly; a strategy that is not named takes all.
-BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none", "nf4")}
+BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none", "nf4"), "tensor": ("none",)}
 SHARDED = ("fsdp", "zero3")
+# Strategies that are known to train exactly with a mixture's experts in few bits.
+EXPERTS_WHOLE = ("single", "ddp", "pipeline", "model_parallel")
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
 
 
@@ -141,6 +144,12 @@ def _int8_is_not_sharded(case: Case) -> str | None:
     return tr("LLM.int8 keeps its weights where {strategy} cannot cut them.", strategy=case.layout.strategy)
 
 
+def _packed_experts_are_whole(case: Case) -> str | None:
+    if case.layout.strategy in EXPERTS_WHOLE or case.shape is None or not packs_experts(case.layout.base, case.shape):
+        return None
+    return tr("Experts in few bits are not cut into pieces: {names} leave them whole.", names=", ".join(EXPERTS_WHOLE))
+
+
 def _tensor_needs_whole_weights(case: Case) -> str | None:
     if case.layout.strategy != "tensor" or case.layout.base == "none":
         return None
@@ -162,6 +171,23 @@ def _tensor_divides_heads(case: Case) -> str | None:
         keys=widths[1],
         width=widths[2],
     )
+
+
+def _tensor_knows_the_layers(case: Case) -> str | None:
+    shape, layout = case.shape, case.layout
+    if layout.strategy != "tensor":
+        return None
+    if layout.method in ("lora", "qlora") and case.recipe.lora.dora:
+        return tr("DoRA looks at whole rows of weights, of which each device has a part.")
+    if shape is None:
+        return None
+    if shape.experts:
+        return tr("Tensor parallelism cuts no experts; a pipeline keeps them whole.")
+    if shape.fused_qkv or shape.fused_gate_up or shape.qk_norm == "full":
+        return tr("Tensor parallelism cuts a layer by its heads, and in this model one weight or norm spans them all.")
+    if shape.attention_dropout:
+        return tr("Dropout of attention would be drawn for each device's own heads, otherwise than on one device.")
+    return None
 
 
 def _stages_have_layers(case: Case) -> str | None:
@@ -208,7 +234,7 @@ def _optimizer_sees_whole_weights(case: Case) -> str | None:
     if strategy == "fsdp" and case.layout.method in ("lora", "qlora"):  # every device has the whole adapter
         return None
     # Blocks of 8-bit moments would be cut elsewhere on another number of devices.
-    if strategy not in ("fsdp", *ZERO) or optimizer not in ("adafactor", *BITSANDBYTES_OPTIMIZERS):
+    if strategy not in ("fsdp", "tensor", *ZERO) or optimizer not in ("adafactor", *BITSANDBYTES_OPTIMIZERS):
         return None
     return tr(
         "{optimizer} needs whole weights; {strategy} gives each device a piece.",
@@ -219,7 +245,9 @@ def _optimizer_sees_whole_weights(case: Case) -> str | None:
 
 def _pieces_have_no_loss_scale(case: Case) -> str | None:
     layout = case.layout
-    pieces = layout.strategy == "pipeline" or (layout.strategy == "fsdp" and layout.method not in ("lora", "qlora"))
+    pieces = layout.strategy in ("pipeline", "tensor") or (
+        layout.strategy == "fsdp" and layout.method not in ("lora", "qlora")
+    )
     if not pieces or layout.precision != "fp16":
         return None
     return tr(
@@ -315,8 +343,10 @@ RULES: tuple[Rule, ...] = (
     _paged_needs_a_gpu,
     _pissa_needs_a_whole_base,
     _int8_is_not_sharded,
+    _packed_experts_are_whole,
     _tensor_needs_whole_weights,
     _tensor_divides_heads,
+    _tensor_knows_the_layers,
     _stages_have_layers,
     _trained_tables_are_on_one_device,
     _stages_start_alone,
@@ -390,7 +420,7 @@ def _all_arrangements(count: int, group: int | None) -> Iterator[Arrangement]:
         yield Arrangement("pipeline", "interleaved", count, count // stages, 2)
         yield Arrangement("pipeline", "gpipe", count, count // stages)
     yield Arrangement("model_parallel", "", count)
-    yield Arrangement("tensor", "", count)
+    yield from (Arrangement("tensor", "", count, count // ranks) for ranks in range(2, count + 1) if count % ranks == 0)
     yield from (Arrangement(name, variant, count, count) for name in ZERO for variant in _OFFLOADS[name])
 
 

@@ -63,7 +63,6 @@ def _narrowed(shape: ModelShape, ranks: int) -> ModelShape:
         intermediate=-(-shape.intermediate // ranks),
         expert_intermediate=-(-shape.expert_intermediate // ranks),
         shared_expert_intermediate=-(-shape.shared_expert_intermediate // ranks),
-        vocab=-(-shape.vocab // ranks),
     )
 
 
@@ -116,7 +115,8 @@ def _shared(layout: Layout, shape: ModelShape, setting: Setting, moment: Items, 
 def _divided(layout: Layout, shape: ModelShape, setting: Setting, moment: Items, *, last: bool) -> Items:
     """FSDP and ZeRO: what is stored is divided by the devices as far as the strategy divides it.
 
-    FSDP leaves an adapter whole on every rank, and gathers weights as they are stored. ZeRO trains 16-bit weights with
+    FSDP leaves an adapter and the constants of a base in 4 bits whole on every rank, and gathers weights as they are
+    stored; with `offload` what it divides is in RAM. ZeRO trains 16-bit weights with
     a 32-bit copy in the divided optimizer, and has no copies of autocast's.
     """
     shared = dict(moment)
@@ -125,21 +125,22 @@ def _divided(layout: Layout, shape: ModelShape, setting: Setting, moment: Items,
         shared.pop("weight_casts", None)
         _as_16_bits(shared, layout, trained)
     for name in _divided_items(layout) & shared.keys():
-        shared[name] = -(-shared[name] // layout.devices)
+        shared[name] = -(-shared[name] // layout.shared_by)
     shared["communication"] = _reduction_bytes(layout, shape, trained)
     if layout.strategy in SHARDED and not last:
         shared["gathered"] = gathered_bytes(layout, shape)
     if layout.variant.startswith("offload"):
-        shared.pop("optimizer", None)
-        shared.pop("gradients", None)
-        if layout.variant == "offload-all":
+        if trains_all(layout):
+            shared.pop("optimizer", None)
+            shared.pop("gradients", None)
+        if layout.variant == "offload-all" or layout.strategy == "fsdp":
             shared["weights"] = 0
     return shared
 
 
 def _divided_items(layout: Layout) -> set[str]:
     if layout.strategy == "fsdp" and not trains_all(layout):
-        return {"weights", "quantization"}
+        return {"weights"}
     divided = {"optimizer"} | ({"gradients"} if layout.strategy != "zero1" else set())
     return divided | ({"weights", "quantization", "adapter"} if layout.strategy in SHARDED else set())
 
@@ -177,6 +178,8 @@ def layer_weight_bytes(layout: Layout, shape: ModelShape) -> tuple[int, int]:
 def gathered_bytes(layout: Layout, shape: ModelShape) -> int:
     """Weights a sharding strategy holds whole for a while: layers at work and the tables; with `grad` all of them."""
     layer, outside = layer_weight_bytes(layout, shape)
+    if layout.strategy == "fsdp" and layout.base == "nf4":  # the constants are there already
+        layer -= weight_bytes(layout, shape)[1] // shape.layers
     return outside + layer * (shape.layers if layout.variant == "grad" else min(LAYERS_GATHERED, shape.layers))
 
 
@@ -186,9 +189,9 @@ def gathered_bytes(layout: Layout, shape: ModelShape) -> int:
 def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, micro_batches: int) -> dict[str, int]:
     """Peak of allocated bytes of one rank in each phase of a run (`PHASES`).
 
-    Loading: what is stored, and one weight in 16 bits while it is packed. First step: as a steady one, but the
-    optimizer has no state before its step. Evaluation: a forward pass that keeps nothing. Saving: what is stored, and
-    one layer gathered.
+    Loading: what is stored, and one weight in 16 bits while it is packed; with fsdp also the layer that is being cut
+    and the next one, whole. First step: as a steady one, but the optimizer has no state before its step. Evaluation: a
+    forward pass that keeps nothing. Saving: what is stored, and one layer gathered.
     """
     every = rank_moments(layout, shape, setting, rank, micro_batches)
     part = part_of(layout, shape, rank, micro_batches)
@@ -200,6 +203,8 @@ def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, 
         head_bytes(replace(layout, method="lora"), part.shape) if part.head else 0,
     )
     gathered = max(moment.get("gathered", 0) for moment in every)
+    if layout.strategy == "fsdp":
+        packed += gathered_bytes(replace(layout, variant=""), shape)
     without = [sum(moment.values()) - moment.get("optimizer", 0) for moment in every[:-1]]
     return {
         "loading": resident + packed,

@@ -10,7 +10,7 @@ from kitaeru.plan.decide import decide_seq_len
 from kitaeru.plan.layouts import illegal
 from kitaeru.plan.memory import memory_items
 from kitaeru.plan.problem import GB, Problem, free_bytes, global_tokens, needed_bytes, setting_of
-from kitaeru.plan.stored import compute_bytes, trained_parameters, trains_all
+from kitaeru.plan.stored import compute_bytes, packs_experts, trained_parameters, trains_all
 from kitaeru.plan.types import Candidate, Decision, Layout
 
 
@@ -223,6 +223,15 @@ def _sharing_sentences(problem: Problem, chosen: Candidate, link: str) -> Iterat
             link=link,
             share=share,
         )
+    if layout.shards:
+        yield tr(
+            "{copies} copies, each cut among {size} devices: between the copies only gradients cross, once a step.",
+            copies=layout.devices // layout.shards,
+            size=layout.shards,
+        )
+    if layout.strategy == "fsdp" and layout.variant == "offload":
+        size = sum(chosen.host.get(name, 0) for name in ("weights", "optimizer", "gradients")) / GB
+        yield tr("What is cut lies in RAM ({size:.0f} GB) and comes to the devices layer by layer.", size=size)
 
 
 def why_lost(problem: Problem, rival: Candidate, chosen: Candidate | None) -> str:
@@ -239,6 +248,8 @@ def why_lost(problem: Problem, rival: Candidate, chosen: Candidate | None) -> st
             return tr("Fits too ({rate} tokens/s), but a 4-bit base is less exact and is not needed here.", rate=rate)
         return tr("Fits too, but only with weights that travel between the devices.")
     share = _seconds(rival) / _seconds(chosen)
+    if share < 0.98:
+        return tr("Fits too and may be faster, but only with what it keeps in the machine's RAM.")
     if share < 1.02:
         return tr("Fits too and is as fast, but is less simple.")
     return tr("Fits too, but takes about {share:.0%} of the chosen layout's time for a token.", share=share)
@@ -264,10 +275,10 @@ def _why_not_fit(problem: Problem, rival: Candidate) -> str:
 
 def _experts(problem: Problem, layout: Layout) -> list[str]:
     """What a quantised mixture keeps in 16 bits, in a sentence."""
-    if layout.base == "none" or layout.packed_experts or not problem.shape.experts:
+    if layout.base == "none" or not problem.shape.experts or packs_experts(layout.base, problem.shape):
         return []
     size = compute_bytes(layout) * problem.shape.expert_parameters() / GB
-    return [tr("bitsandbytes packs no stacked experts: {size:.1f} GB of them stay in 16 bits.", size=size)]
+    return [tr("Experts of this kind are not packed: {size:.1f} GB of them stay in 16 bits.", size=size)]
 
 
 def _seconds(candidate: Candidate) -> float:

@@ -53,10 +53,13 @@ PARTS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Pace:
-    """The rates a layout runs at: of each of its devices, and of the link between them."""
+    """The rates a layout runs at: of each of its devices, of the link between them, and of that `within` the devices
+    that one copy is cut among.
+    """
 
     devices: tuple[Rates, ...]
     link: LinkRates
+    within: LinkRates
 
     @property
     def source(self) -> str:
@@ -73,7 +76,11 @@ def pace(
     else:
         kinds = {device: device_rates(device, layout.precision, case, profile) for device in dict.fromkeys(devices)}
         rates = tuple(kinds[devices[rank % len(devices)]] for rank in range(layout.devices))
-    return Pace(rates, link_rates(hardware, layout.devices, case, profile))
+    link = within = link_rates(hardware, layout.devices, case, profile)
+    if layout.shards:
+        together = replace(hardware, hosts=1) if layout.shards <= layout.devices // hardware.hosts else hardware
+        within = link_rates(together, layout.shards, case, profile)
+    return Pace(rates, link, within)
 
 
 @dataclass(frozen=True)
@@ -236,23 +243,25 @@ def _layer_waits(
         return found
     weights, tables = layer_weight_bytes(layout, shape)
     trained = trained_parameters(layout, shape, load.setting.lora)
-    share = (layout.devices - 1) / layout.devices
-    gather = share * weights / at.link.bytes_s + at.link.latency
+    share = (layout.shared_by - 1) / layout.shared_by
+    gather = share * weights / at.within.bytes_s + at.within.latency
     width = 4 if layout.strategy == "fsdp" else 2
-    reduce = share * width * trained / shape.layers / at.link.bytes_s if trains_all(layout) else 0.0
+    reduce = share * width * trained / shape.layers / at.within.bytes_s if trains_all(layout) else 0.0
+    in_ram = layout.variant == "offload-all" or (layout.strategy == "fsdp" and layout.variant == "offload")
     waits = 0.0
     if layout.strategy in SHARDED:
         fetched = gather
-        if layout.variant == "offload-all":
-            fetched += weights / layout.devices / rates.host_copy
+        if in_ram:
+            fetched += weights / layout.shared_by / rates.host_copy
         again = 0.0 if layout.variant == "grad" else fetched
         waits += (shape.layers - 1) * (max(0.0, fetched - forward) + max(0.0, again + reduce - backward))
-        waits += fetched + share * tables / at.link.bytes_s
+        waits += fetched + share * tables / at.within.bytes_s
     elif layout.strategy == "zero2":
         waits += shape.layers * max(0.0, reduce - backward)
     found["communication"] = waits
-    if layout.variant.startswith("offload"):  # each device's piece of the gradients goes to RAM after each micro-batch
-        down = 2 * trained / layout.devices / rates.host_copy
+    if layout.variant.startswith("offload") and trains_all(layout):
+        # Each device's piece of the gradients goes to RAM after each micro-batch.
+        down = width * trained / layout.shared_by / rates.host_copy
         found["offload"] = found.get("offload", 0.0) + max(0.1 * down, down - 0.5 * shape.layers * backward)
     return found
 
@@ -276,11 +285,12 @@ def _end_of_step(
     """The optimizer, and what crosses between devices once a step."""
     trained = float(trained_parameters(layout, shape, load.setting.lora))
     moved = optimizer_bytes_moved(layout, trained, load.setting.optimizer)
-    if layout.variant.startswith("offload"):
-        updated = 2 * trained / layout.devices / rates.host_copy
+    if layout.variant.startswith("offload") and trains_all(layout):
+        # FSDP fetches what was updated layer by layer.
+        updated = 0.0 if layout.strategy == "fsdp" else 2 * trained / layout.devices / rates.host_copy
         return {"offload": moved / rates.host_memory + updated}, {}
     adapter_on_all = layout.strategy == "ddp" or (layout.strategy == "fsdp" and not trains_all(layout))
-    shared = layout.devices if layout.strategy in ("fsdp", *ZERO, "tensor") and not adapter_on_all else 1
+    shared = layout.shared_by if layout.strategy in ("fsdp", *ZERO, "tensor") and not adapter_on_all else 1
     ending = {"optimizer": moved / shared / rates.stream}
     if adapter_on_all:
         return ending, {"communication": _hidden(_all_reduce(layout, at, 4 * trained), 0.5 * micro)}
@@ -289,6 +299,9 @@ def _end_of_step(
         gather = (layout.devices - 1) / layout.devices * width * trained / at.link.bytes_s
         reduced = _all_reduce(layout, at, width * trained) if layout.strategy == "zero1" else 0.0
         return ending, {"communication": gather + _hidden(reduced, 0.5 * micro)}
+    if layout.shards:  # each piece of the gradients is added up over the copies, behind the last backward pass
+        copies = replace(layout, devices=layout.devices // layout.shards)
+        return ending, {"communication": _hidden(_all_reduce(copies, at, 4 * trained / layout.shards), 0.5 * micro)}
     return ending, {}
 
 

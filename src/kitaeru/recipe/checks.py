@@ -188,7 +188,7 @@ def strategy_is_built(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
 
 def split_needs_a_splitting_strategy(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
     """A model is split over devices by some strategies only."""
-    splits = recipe.strategy in ("auto", "pipeline", "model_parallel", "tensor")
+    splits = recipe.strategy in ("auto", "pipeline", "model_parallel", "tensor", "fsdp")
     if recipe.limits.split_over is not None and not splits:
         yield Clash(
             ("limits.split_over", "strategy"),
@@ -197,20 +197,20 @@ def split_needs_a_splitting_strategy(recipe: Recipe, _: Collection[str]) -> Iter
         )
 
 
-def fsdp_needs_whole_bits(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
-    """FSDP's copies may change the bit patterns of packed weights, without an error (bitsandbytes 1945)."""
-    if recipe.strategy == "fsdp" and (recipe.method == "qlora" or recipe.model.quantize in _BITS):
+def fsdp_cuts_no_int8(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
+    """LLM.int8 keeps weights and scales in objects of its own, whole on each device."""
+    if recipe.strategy == "fsdp" and recipe.model.quantize == "int8":
         yield Clash(
-            ("strategy", "model.quantize", "method"),
-            tr("`strategy: fsdp` is not proved yet to carry weights packed in 4 or 8 bits unchanged"),
-            tr("Write `strategy: ddp`, or `method: lora` without `quantize`."),
+            ("strategy", "model.quantize"),
+            tr("`strategy: fsdp` cannot cut weights that are stored in 8 bits"),
+            tr("Write `strategy: ddp`, or `quantize: nf4`."),
         )
 
 
 RULES: tuple[Rule, ...] = (
     strategy_is_built,
     split_needs_a_splitting_strategy,
-    fsdp_needs_whole_bits,
+    fsdp_cuts_no_int8,
     qlora_needs_nf4,
     whole_weights_are_not_quantised,
     adapter_needs_adapter_method,

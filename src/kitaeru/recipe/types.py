@@ -308,9 +308,12 @@ class LimitsSection(Section):
         None,
         ge=2,
         description=N_(
-            "Split each copy of the model over so many devices (strategies `pipeline`, `model_parallel` and `tensor`). "
-            "Default: the planner's choice."
+            "Split each copy of the model over so many devices (strategies `pipeline`, `model_parallel`, `tensor` and "
+            "`fsdp`). Default: the planner's choice."
         ),
+    )
+    variant: Literal["grad", "offload", "offload-bf16", "offload-all", "1f1b", "interleaved", "gpipe"] | None = Field(
+        None, description=N_("One variant of a strategy, as `kitaeru plan` names it: `offload` of `fsdp-offload`.")
     )
     max_restarts: int = Field(
         0,

@@ -53,6 +53,8 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     ({"strategy": "pipeline", "variant": "1f1b", "devices": 40}, {}, A5000, "has 32", {}),
     (FULL | {"strategy": "pipeline", "devices": 2}, {}, A5000, "one table", {"shape": replace(LLAMA, tied=True)}),
     ({"strategy": "pipeline", "variant": "1f1b", "devices": 2}, {"lora": {"init": "olora"}}, A5000, "only its own", {}),
+    ({"strategy": "fsdp", "devices": 2, "method": "qlora", "base": "nf4"}, {"lora": {"dora": True}}, A5000, "pieces of",
+     {}),
     ({"strategy": "pipeline", "variant": "1f1b", "devices": 2, "precision": "fp16"}, {}, V100, "scales the loss", {}),
     (FULL | {"strategy": "fsdp", "devices": 2}, {"train": {"optimizer": "adafactor"}}, A5000, "piece", {}),
     (FULL | {"strategy": "fsdp", "devices": 2}, {"train": {"optimizer": "adamw_8bit"}}, A5000, "piece", {}),
@@ -110,7 +112,8 @@ def test_only_what_the_table_names_is_built() -> None:
         made = layout(**{f.name: getattr(arrangement, f.name) for f in fields(arrangement)})
         assert not is_built(made) or made.strategy in STRATEGIES_BUILT
     assert is_built(layout())
-    assert not is_built(layout(strategy="fsdp", variant="offload", devices=2))
+    assert not is_built(layout(strategy="fsdp", variant="offload-all", devices=2))
+    assert not is_built(layout(strategy="fsdp", base="int8", devices=2))
     assert not is_built(layout(packed_experts=True))
 
 

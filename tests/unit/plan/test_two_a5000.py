@@ -78,8 +78,11 @@ def test_both_cards_are_used_where_that_is_built() -> None:
 def test_mixtral_needs_its_experts_in_4_bits_over_both_cards() -> None:
     found = look("mistralai/Mixtral-8x7B-v0.1")
     fitting = [candidate for candidate in found.candidates if candidate.fits]
+    in_ram = [c for c in fitting if c.layout.way == "fsdp-offload"]  # 16-bit experts in RAM, a layer at a time
+    assert in_ram
+    fitting = [c for c in fitting if c not in in_ram]
     assert fitting
-    assert all(c.layout.packed_experts and c.layout.devices == 2 and not c.built for c in fitting)
+    assert all(c.layout.packed_experts and c.layout.devices == 2 for c in fitting)
     assert any(c.layout.strategy == "pipeline" and c.layout.cuts == (16, 16) for c in fitting)
 
 

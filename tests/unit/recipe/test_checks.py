@@ -15,7 +15,7 @@ BASE = ["model=bundled", "data.train=a.jsonl"]
 CASES = [
     ("strategy_is_built", ["strategy=tensor"], "strategy=single"),
     ("split_needs_a_splitting_strategy", ["strategy=ddp", "limits.split_over=2"], "limits.split_over="),
-    ("fsdp_needs_whole_bits", ["strategy=fsdp", "method=qlora"], "method=lora"),
+    ("fsdp_cuts_no_int8", ["strategy=fsdp", "model.quantize=int8"], "model.quantize=nf4"),
     ("qlora_needs_nf4", ["method=qlora", "model.quantize=int8"], "method=lora"),
     ("qlora_needs_nf4", ["method=qlora", "model.quantize=none"], "model.quantize="),
     ("whole_weights_are_not_quantised", ["method=full", "model.quantize=nf4"], "model.quantize="),
