@@ -95,7 +95,8 @@ def _verdict(found: Survey, candidate: Candidate) -> str:
     if not candidate.built:
         return tr("not built yet")
     chosen = found.plan.chosen if found.plan else None
-    return tr("less exact") if chosen and _rate(candidate) > 1.02 * _rate(chosen) else tr("fits")
+    packed = candidate.layout.base == "nf4" and chosen is not None and chosen.layout.base != "nf4"
+    return tr("less exact") if packed and chosen and _rate(candidate) > 1.02 * _rate(chosen) else tr("fits")
 
 
 def _bars(out: Console, problem: Problem, candidate: Candidate) -> None:

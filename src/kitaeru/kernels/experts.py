@@ -184,13 +184,13 @@ class _Experts(torch.autograd.Function):
             gate, up = both.chunk(2, 1)
             kept = Kept(Rows(gate, None, gate.shape[1]), Rows(up, None, up.shape[1]))
             of_both, active = gated_backward(of_active, kept, activation, x.dtype, 0)
-            of_weights = (active.data * of_active).sum(1, dtype=torch.float32)
+            of_weights = of_active.mul_(active.data).sum(1, dtype=torch.float32)
             del of_active, kept, gate, up, both
             d_both = of_both.data.mul_(by)  # everything up to here was without the router's weights
             del of_both
             second: list[Tensor | None] = []
             if adapter2 is not None and dthin2 is not None:
-                second = _gradients(active.data, thin2, dthin2 * by, g.mul_(by), adapter2, routing)
+                second = _gradients(active.data, thin2, dthin2.mul_(by), g.mul_(by), adapter2, routing)
             del active, g
             d_x, dthin1 = _site_backward(d_both, gate_up, adapter1, routing)
             first: list[Tensor | None] = []

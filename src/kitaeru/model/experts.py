@@ -139,6 +139,16 @@ def pack(whole: Tensor, bits: Bits) -> dict[str, Tensor]:
     }
 
 
+def fill(module: PackedExperts, name: str, whole: Tensor) -> None:
+    """Put a stack [E, N, K] into `module`, in its bits, on its device."""
+    for part, tensor in pack(whole, module.bits).items():
+        if part:
+            setattr(module, f"{name}_{part}", tensor)
+        else:
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    module._offsets.pop(name, None)
+
+
 # --- putting them into a model ----------------------------------------------------------------------------------------
 
 

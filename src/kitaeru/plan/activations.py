@@ -13,6 +13,7 @@ from kitaeru.plan.stored import (
     adapter_parameters,
     adapts_experts,
     compute_bytes,
+    packs_experts,
     residual_bytes,
     saved_whole,
     trains_all,
@@ -43,7 +44,7 @@ def kept_per_token(layout: Layout, shape: ModelShape, setting: Setting) -> dict[
         "norms": shape.layers * _kept_norms(layout, shape),
         "linears": _kept_linears(layout, shape, setting.lora),
         "attention": shape.layers * _kept_attention(layout, shape, setting),
-        "mlp": _kept_mlp(layout, shape),
+        "mlp": _kept_mlp(layout, shape, setting.lora),
     }
 
 
@@ -111,18 +112,34 @@ def _kept_attention(layout: Layout, shape: ModelShape, setting: Setting) -> int:
     return compute_bytes(layout) * (2 * shape.q_size + key + value) + 4 * shape.heads
 
 
-def _kept_mlp(layout: Layout, shape: ModelShape) -> int:
+def _kept_mlp(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """All layers' MLP results, per token: gate, up and activated gate; for experts, of those a token meets."""
     c, parts = compute_bytes(layout), 3 if shape.gated_mlp else 1
     mixtures = shape.layers - shape.dense_layers if shape.experts else 0
     dense = (shape.layers - mixtures) * parts * c * shape.intermediate
     if not mixtures:
         return dense
+    if packs_experts(layout.base, shape):
+        return dense + mixtures * (
+            shape.experts_per_token * _kept_packed(layout, shape, lora) + _kept_beside(layout, shape)
+        )
     # Of each expert a token meets: its gathered input, gate and up, activated gate, product, output, and two indices.
     per_slot = residual_bytes(layout) * ((parts + 1) * shape.expert_intermediate + 2 * shape.hidden) + 28
-    shared = shape.shared_expert_intermediate
-    beside = (parts * c * shared + 2 * c * shape.hidden if shared else 0) + 12 * shape.experts + c * shape.hidden
-    return dense + mixtures * (shape.experts_per_token * per_slot + beside)
+    return dense + mixtures * (shape.experts_per_token * per_slot + _kept_beside(layout, shape))
+
+
+def _kept_packed(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
+    """Of each packed expert that a token meets: gate and up, the adapters' thin results, its place and its weight."""
+    c = compute_bytes(layout)
+    thin = 3 * lora.r if adapts_experts(shape, lora) else 0  # the fused gate and up have twice the rank
+    return c * (2 * shape.expert_intermediate + thin) + 8 + 4
+
+
+def _kept_beside(layout: Layout, shape: ModelShape) -> int:
+    """One mixture's shared expert, router and input, per token."""
+    c, shared = compute_bytes(layout), shape.shared_expert_intermediate
+    parts = 3 if shape.gated_mlp else 1
+    return (parts * c * shared + 2 * c * shape.hidden if shared else 0) + 12 * shape.experts + c * shape.hidden
 
 
 def kept_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
@@ -137,7 +154,7 @@ def kept_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     c, total = compute_bytes(layout), 0
     if lora.dora:
         total += sum(linear.count * c * linear.inputs * (linear.inputs + lora.r) for linear in adapted(shape, lora))
-    merged = adapts_experts(shape, lora) and not layout.packed_experts
+    merged = adapts_experts(shape, lora) and not packs_experts(layout.base, shape)
     return total + (c * shape.expert_parameters() if merged else 0)
 
 

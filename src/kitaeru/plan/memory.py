@@ -17,11 +17,15 @@ from kitaeru.plan.activations import (
     recomputed_layer_bytes,
 )
 from kitaeru.plan.stored import (
+    EXPANDED_AT_ONCE_BYTES,
     Setting,
     adapted,
     adapter_parameters,
+    adapts_experts,
     compute_bytes,
+    expert_stacks,
     optimizer_bytes,
+    packs_experts,
     residual_bytes,
     trained_parameters,
     trains_all,
@@ -105,9 +109,33 @@ def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> tup
         return tokens * norm, fused.workspace_bytes(layout, shape, lora)
     wide = max(linear.weights for linear in shape.linears())
     unpacked = {"none": 0, "nf4": c, "int8": c + 1}[layout.base]
+    if packs_experts(layout.base, shape):
+        return tokens * norm, max(tokens * layer + wide * unpacked, _experts_workspace(layout, shape, lora))
     trained = 4 + c if trains_all(layout) else 0
     dora = 6 if lora.dora and not trains_all(layout) else 0
     return tokens * norm, tokens * layer + wide * (unpacked + trained + dora)
+
+
+def _experts_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
+    """What the backward pass of packed experts holds (kernels.experts): of each pair of token and expert the gradients
+    of its output and of gate and up, the activated product and its gradient; the weights that are expanded; an adapter
+    in the arithmetic's width, and its gradient. The reference that a CPU computes with expands through 32 bits.
+
+    >>> mixtral = ModelShape("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, experts=8, expert_intermediate=14336,
+    ...                      experts_per_token=2)
+    >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda")
+    >>> _experts_workspace(layout, mixtral, LoraSection(targets=("q_proj",))) // 2**20
+    1216
+    """
+    c, pairs = compute_bytes(layout), layout.micro_batch_tokens * shape.experts_per_token
+    sizes = [rows * columns for rows, columns in expert_stacks(shape)]
+    expanded = max(c * size * max(1, min(shape.experts, EXPANDED_AT_ONCE_BYTES // (c * size))) for size in sizes)
+    if layout.device == "cpu":
+        expanded = 25 * max(sizes)
+    adapters = 0
+    if adapts_experts(shape, lora):
+        adapters = (4 + c) * max(2 * lora.r * shape.experts * sum(stack) for stack in expert_stacks(shape))
+    return c * pairs * (4 * shape.expert_intermediate + shape.hidden) + expanded + adapters
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

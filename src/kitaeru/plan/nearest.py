@@ -132,9 +132,7 @@ def _written(value: Any) -> str:
 
 def _hopeless(problem: Problem) -> str:
     """What is missing when no change helps: the weights alone against the devices, and a known model that would fit."""
-    layout = Layout(
-        "single", "qlora", "nf4", problem.precision, "recompute", 512, "cuda", packed_experts=problem.shape.experts > 0
-    )
+    layout = Layout("single", "qlora", "nf4", problem.precision, "recompute", 512, "cuda")
     size, free = sum(weight_bytes(layout, problem.shape)), free_bytes(problem)
     count = 1 if problem.device is None else len(problem.hardware.devices)
     together = sum(free_bytes(problem, rank=rank) for rank in range(count))

@@ -64,6 +64,25 @@ def adapts_experts(shape: ModelShape, lora: LoraSection) -> bool:
     return "all-linear" in lora.targets and shape.experts > 0 and shape.family in _PEFT_EXPERTS
 
 
+def packs_experts(base: Base, shape: ModelShape) -> bool:
+    """Whether a base in few bits has its stacked experts in few bits too: gated ones without biases, in whole blocks
+    (model.experts).
+    """
+    if base == "none" or not shape.experts or not shape.gated_mlp or shape.expert_bias:
+        return False
+    return shape.hidden % NF4_BLOCK == 0 and shape.expert_intermediate % NF4_BLOCK == 0
+
+
+def expert_stacks(shape: ModelShape) -> tuple[tuple[int, int], tuple[int, int]]:
+    """One expert's weights (N, K): gate above up, and down.
+
+    >>> expert_stacks(ModelShape("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, experts=8, expert_intermediate=14336))
+    ((28672, 4096), (4096, 14336))
+    """
+    h, f = shape.hidden, shape.expert_intermediate
+    return (2 * f, h), (h, f)
+
+
 def saved_whole(shape: ModelShape, lora: LoraSection) -> int:
     """Parameters of modules trained whole beside the adapter (`lora.modules_to_save`): the embedding and the head."""
     names = {name.rpartition(".")[2] for name in lora.modules_to_save}
@@ -71,7 +90,6 @@ def saved_whole(shape: ModelShape, lora: LoraSection) -> int:
     return count * shape.vocab * shape.hidden
 
 
-@lru_cache
 @lru_cache(maxsize=64)
 def adapter_parameters(shape: ModelShape, lora: LoraSection) -> int:
     """Parameters of the adapter: r x (inputs + outputs) for each adapted layer, DoRA's magnitudes, whole modules.
@@ -96,9 +114,9 @@ def trained_parameters(layout: Layout, shape: ModelShape, lora: LoraSection) -> 
 def weight_bytes(layout: Layout, shape: ModelShape) -> tuple[int, int]:
     """The weights as stored, and the scales that come with quantised ones.
 
-    Only linear layers inside the blocks are quantised: embeddings, head, norms and stacked experts stay in the
-    arithmetic's width. NF4 with double quantisation: half a byte a weight, one byte per block of 64, four bytes per 256
-    such blocks, and two small tables per layer. INT8: one byte a weight and four per row.
+    Only linear layers inside the blocks and stacked experts are quantised: embeddings, head, norms and routers stay in
+    the arithmetic's width. NF4 with double quantisation: half a byte a weight, one byte per block of 64, four bytes per
+    256 such blocks, and two small tables per layer or stack. INT8: one byte a weight and four per row.
 
     >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
     >>> weights, scales = weight_bytes(Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda"), llama)
@@ -108,16 +126,16 @@ def weight_bytes(layout: Layout, shape: ModelShape) -> tuple[int, int]:
     width = 4 if trains_all(layout) else compute_bytes(layout)
     if layout.variant == "disk":
         return _from_disk(layout, shape, width)
-    return _stored(layout.base, layout.packed_experts, width, shape)
+    return _stored(layout.base, width, shape)
 
 
 @lru_cache(maxsize=64)
-def _stored(base: Base, packed_experts: bool, width: int, shape: ModelShape) -> tuple[int, int]:
+def _stored(base: Base, width: int, shape: ModelShape) -> tuple[int, int]:
     if base == "none":
         return shape.parameters() * width, 0
-    experts = shape.expert_parameters() if packed_experts else 0
+    experts = shape.expert_parameters() if packs_experts(base, shape) else 0
     rest = (shape.parameters() - shape.linear_parameters() - experts) * width
-    stored, scales = experts // 2, experts // NF4_BLOCK + 4 * experts // (NF4_BLOCK * NF4_SECOND_BLOCK)
+    stored, scales = experts // 2 if base == "nf4" else experts, _expert_scales(base, shape) if experts else 0
     for linear in shape.linears():
         if base == "nf4":
             blocks = -(-linear.weights // NF4_BLOCK)
@@ -127,6 +145,16 @@ def _stored(base: Base, packed_experts: bool, width: int, shape: ModelShape) -> 
             stored += linear.count * linear.weights
             scales += linear.count * 4 * linear.outputs
     return rest + stored, scales
+
+
+def _expert_scales(base: Base, shape: ModelShape) -> int:
+    """Bytes of what packed experts' values are multiplied by; each NF4 expert's scales begin a block of their own."""
+    total = 0
+    for rows, columns in expert_stacks(shape):
+        seconds = -(-rows * columns // (NF4_BLOCK * NF4_SECOND_BLOCK))
+        one = seconds * (NF4_SECOND_BLOCK + 4) if base == "nf4" else 4 * rows
+        total += shape.experts * one + (4 * (16 + 256 + 1) if base == "nf4" else 0)
+    return (shape.layers - shape.dense_layers) * total
 
 
 def _from_disk(layout: Layout, shape: ModelShape, width: int) -> tuple[int, int]:

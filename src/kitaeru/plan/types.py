@@ -28,7 +28,7 @@ class Layout:
     tells ways of one strategy apart (`grad`, `offload` and none of fsdp, `1f1b` and `interleaved` of pipeline,
     `offload` of zero). `shards`: devices of fsdp that hold the pieces of one copy between them; 0 are all.
     `cuts` are the layers of each pipeline stage in the model's order; a rank with `chunks` stages holds every
-    (devices/replicas)-th of them. `packed_experts`: a mixture's stacked experts are stored in 4 bits too.
+    (devices/replicas)-th of them.
     `arithmetic`: of the frozen products; but for `plain`, a layer is one fused operation (`plan.fused`), whose gate and
     up `keep8` keeps in 8 bits.
     """
@@ -45,7 +45,6 @@ class Layout:
     replicas: int = 1
     chunks: int = 1
     cuts: tuple[int, ...] = ()
-    packed_experts: bool = False
     arithmetic: Arithmetic = "plain"
     shards: int = 0
 
@@ -74,7 +73,7 @@ class Layout:
         """The strategy with its variant: `single`, `pipeline-1f1b` or, with two copies, `pipeline-1f1b-dp2`; two copies
         in four pieces each are `fsdp-2x4`.
         """
-        copies = f"dp{self.replicas}" if self.strategy == "pipeline" and self.replicas > 1 else ""
+        copies = f"dp{self.replicas}" if self.strategy in ("pipeline", "tensor") and self.replicas > 1 else ""
         if self.shards:
             copies = f"{self.devices // self.shards}x{self.shards}"
         return "-".join(part for part in (self.strategy, self.variant, copies) if part)
@@ -82,9 +81,8 @@ class Layout:
     @property
     def name(self) -> str:
         """A short name for tables, for example `single/qlora/keep/4096`."""
-        method = f"{self.method}+experts" if self.packed_experts else self.method
         arithmetic = "" if self.arithmetic == "plain" else f"/{self.arithmetic}"
-        return f"{self.way}/{method}{arithmetic}/{self.activations}/{self.micro_batch_tokens}"
+        return f"{self.way}/{self.method}{arithmetic}/{self.activations}/{self.micro_batch_tokens}"
 
 
 @dataclass(frozen=True)
@@ -203,6 +201,7 @@ class Plan:
 
 def _candidate(value: dict[str, Any]) -> Candidate:
     layout = dict(value["layout"])
+    layout.pop("packed_experts", None)  # of plans from before experts were always packed
     layout["cuts"] = tuple(layout.get("cuts", ()))
     speed = value.get("speed")
     if speed is not None:

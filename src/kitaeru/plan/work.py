@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 
 from kitaeru.plan import fused
 from kitaeru.plan.memory import HEAD_CHUNK_ROWS, head_in_place
-from kitaeru.plan.stored import Setting, adapted, adapts_experts, compute_bytes, residual_bytes, trains_all
+from kitaeru.plan.stored import (
+    Setting,
+    adapted,
+    adapts_experts,
+    compute_bytes,
+    packs_experts,
+    residual_bytes,
+    trains_all,
+)
 from kitaeru.plan.types import Layout
 from kitaeru.shape import ModelShape
 
@@ -183,7 +191,7 @@ def _active_expert_weights(shape: ModelShape) -> float:
 
 
 def _unpacked_bytes(layout: Layout, shape: ModelShape) -> float:
-    packed = shape.linear_parameters() + (shape.expert_parameters() if layout.packed_experts else 0)
+    packed = shape.linear_parameters() + (shape.expert_parameters() if packs_experts(layout.base, shape) else 0)
     return packed / shape.layers * UNPACKED_BYTES[layout.base]
 
 
@@ -234,4 +242,7 @@ def _operations(layout: Layout, shape: ModelShape, setting: Setting) -> float:
         count += 8 * len(adapted(shape, setting.lora)) * (2 if setting.lora.dora else 1)
     if layout.base != "none":
         count += 4 * linears
+    if packs_experts(layout.base, shape):  # one expert after the other: two expansions, two products, and the adapters'
+        mixtures = (shape.layers - shape.dense_layers) / shape.layers
+        return count + mixtures * (20 + shape.experts * (8 if adapts_experts(shape, setting.lora) else 4))
     return count + (30 if shape.experts else 0)

@@ -114,7 +114,6 @@ def test_only_what_the_table_names_is_built() -> None:
     assert is_built(layout())
     assert not is_built(layout(strategy="fsdp", variant="offload-all", devices=2))
     assert not is_built(layout(strategy="fsdp", base="int8", devices=2))
-    assert not is_built(layout(packed_experts=True))
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": "qlora", "base": "nf4"}, {"method": "full"}, {"base": "int8"},
