@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kitaeru.api import ranks
 from kitaeru.api.ranks import SHOWN, Show
+from kitaeru.engine.place import Nodes, nodes_of_slurm, placed
 from kitaeru.errors import UsageError
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
@@ -19,7 +20,6 @@ from kitaeru.report.page import write_page
 from kitaeru.report.trackers import trackers
 
 if TYPE_CHECKING:
-    from kitaeru.engine.place import Nodes
     from kitaeru.engine.run import Run
     from kitaeru.report.live import View
 
@@ -38,8 +38,7 @@ def train(wish: Recipe, *, resume: bool = False, show: Show = SHOWN, nodes: Node
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that goes away is told in our own words
-    from kitaeru.engine.hosts import Leader
-    from kitaeru.engine.place import Nodes, nodes_of_slurm, placed  # imports torch: seconds
+    from kitaeru.engine.hosts import Leader  # imports torch: seconds
     from kitaeru.engine.run import prepare
 
     console = Console(highlight=False)

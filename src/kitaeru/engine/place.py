@@ -15,11 +15,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from psutil import net_if_addrs
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
-
 from kitaeru.errors import UsageError
 from kitaeru.i18n import tr
 
@@ -184,6 +179,10 @@ def meet(place: Place) -> Any:
     Raises:
         UsageError: the others did not come.
     """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     if place.size > place.local_size:
         use_interface(place.address)
     try:
@@ -230,4 +229,6 @@ def use_interface(address: str) -> None:
 
 def _interfaces() -> dict[str, set[str]]:
     """The addresses of every network interface."""
+    from psutil import net_if_addrs
+
     return {name: {each.address.partition("%")[0] for each in found} for name, found in net_if_addrs().items()}
