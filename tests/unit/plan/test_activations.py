@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -15,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kitaeru.model import attention
 from kitaeru.model.adapt import add_adapter
 from kitaeru.model.fused import Place, fused_layer
+from kitaeru.model.load import load_model
 from kitaeru.plan.activations import activation_bytes, cast_bytes
-from kitaeru.plan.stored import Setting
+from kitaeru.plan.stored import Setting, packs_experts
 from kitaeru.plan.types import Layout
-from kitaeru.recipe.types import LoraSection
+from kitaeru.recipe.types import LoraSection, ModelSection
 from kitaeru.shape import ModelShape
 
 TOKENS = 192
@@ -59,9 +61,15 @@ def saved_bytes(family: str, changes: dict[str, Any], layout: Layout, lora: Lora
         config, attn_implementation=attention.NAME if attention.suits(config) else "eager"
     )
     shape = ModelShape.from_config(config.to_dict())
+    if layout.base != "none":  # packed while it is loaded
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = load_model(ModelSection(name=folder), layout, 0)
     trained: Any = model
     if layout.method == "lora":
-        trained = add_adapter(model.to(torch.bfloat16 if layout.precision == "bf16" else torch.float32), lora, 0)
+        model = model.to(torch.bfloat16 if layout.precision == "bf16" else torch.float32)
+    if layout.method in ("lora", "qlora"):
+        trained = add_adapter(model, lora, 0)
     if layout.activations == "recompute":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained.train()
@@ -109,6 +117,20 @@ def test_kept_is_what_torch_saves(family: str, changes: dict[str, Any], method: 
     layout = single(method, precision)
     saved, shape = saved_bytes(family, changes, layout, lora)
     assert predicted(layout, shape, lora) == pytest.approx(saved, rel=0.045)
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "v_proj")], ids=["experts", "attention"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_packed_experts_keep_what_the_plan_says(family: str, precision: Any, targets: tuple[str, ...]) -> None:
+    changes = {**dict(FAMILIES)[family], "intermediate_size": 192}
+    changes |= {"moe_intermediate_size": 192} if family == "qwen3_moe" else {}
+    lora = LoraSection(r=4, targets=targets)
+    layout = Layout("single", "qlora", "nf4", precision, "keep", TOKENS, "cpu")
+    saved, shape = saved_bytes(family, changes, layout, lora)
+    assert packs_experts(layout.base, shape)
+    # In bf16 the CPU's 4-bit product keeps a copy of its input, in any family.
+    assert predicted(layout, shape, lora) == pytest.approx(saved, rel=0.012 if precision == "fp32" else 0.045)
 
 
 @pytest.mark.parametrize(

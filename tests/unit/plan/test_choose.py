@@ -9,7 +9,6 @@ from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware, parse_gpus
 from kitaeru.plan.choose import default_seq_len, make_plan
 from kitaeru.plan.types import DataFacts, Plan
-from kitaeru.recipe.checks import STRATEGIES_BUILT
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
 
@@ -201,9 +200,6 @@ def test_a_model_nobody_trains_says_what_is_missing_in_one_breath() -> None:
 def test_refusals() -> None:
     with pytest.raises(PlanError, match="no GPU"):
         plan(on=LAPTOP, limits={"device": "cuda"})
-    for strategy in sorted({"fsdp", "pipeline", "tensor", "zero1", "zero3"} - set(STRATEGIES_BUILT)):
-        with pytest.raises(PlanError, match=strategy):
-            plan(strategy=strategy)
     with pytest.raises(PlanError, match="longest"):
         plan(limits={"micro_batch_tokens": 512}, data={"train": "d.jsonl", "seq_len": 2048})
 
@@ -229,7 +225,9 @@ def test_one_device_is_the_roomiest(gpus: str) -> None:
     assert made.layout == other.layout
 
 
-def test_a_packed_mixture_says_what_is_not_packed() -> None:
-    made = plan("mistralai/Mixtral-8x7B-v0.1", parse_gpus("8x H100", "1TB"), method="qlora")
-    assert "90.2 GB of them stay in 16 bits" in " ".join(made.chosen.why)
-    assert "stacked experts" not in " ".join(plan(ELYZA, method="qlora").chosen.why)
+def test_a_mixture_says_what_is_not_packed() -> None:
+    gpus = parse_gpus("8x H100", "1TB")
+    made = plan("openai/gpt-oss-20b", gpus, method="qlora")  # its experts have biases, gate and up interleaved
+    assert "38.2 GB of them stay in 16 bits" in " ".join(made.chosen.why)
+    for model in ("mistralai/Mixtral-8x7B-v0.1", ELYZA):
+        assert "stay in 16 bits" not in " ".join(plan(model, gpus, method="qlora").chosen.why)

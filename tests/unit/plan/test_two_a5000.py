@@ -87,22 +87,16 @@ def test_mixtral_needs_its_experts_in_4_bits_over_both_cards() -> None:
     assert any(c.layout.strategy == "pipeline" and c.layout.cuts == (16, 16) for c in fitting)
     assert found.plan is not None
     assert found.plan.layout.strategy == "pipeline"
-    stored = found.plan.chosen.memory_by_device[0]
+    stored = found.plan.chosen.memory
     assert 11.5e9 < stored["weights"] + stored["quantization"] < 13e9
 
 
-@pytest.mark.parametrize(("name", "fit"), [("meta-llama/Llama-2-7b-hf", True), ("elyza/Llama-3-ELYZA-JP-8B", True)])
-def test_whole_training_wants_the_host_s_memory(name: str, fit: bool) -> None:
-    """32-bit masters and moments of 8 billion numbers are 96 GB: with gradients more than 128 GB hold; 16-bit moments
-    leave room. At 131,072 tokens a step the notes of the project expect 1.9 to 2.3 thousand tokens/s of such an engine.
+def test_whole_training_wants_the_host_s_memory() -> None:
+    """32-bit masters and moments of 7 billion numbers are 81 GB: with gradients FSDP finds room in 128 GB; DeepSpeed,
+    which keeps gradients twice and weights too, does not.
     """
-    found = look(name, method="full", train={"global_batch_tokens": 131072})
+    found = look("meta-llama/Llama-2-7b-hf", method="full", train={"global_batch_tokens": 131072})
     ways = {candidate.layout.way: candidate for candidate in found.candidates}
-    assert ways["zero3-offload-bf16"].fits is fit
-    assert not ways["zero3-offload"].fits
-    assert "RAM" in " ".join(ways["zero3-offload"].why)
+    assert ways["fsdp-offload"].fits
+    assert not ways["zero3-offload-all"].fits
     assert not ways["fsdp"].fits
-    speed = ways["zero3-offload-bf16"].speed
-    assert speed is not None
-    assert speed.low < 2100
-    assert speed.high > 1900
