@@ -71,7 +71,7 @@ def family(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory):
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(_config(name, layers))
                 for parameter in (p for n, p in model.named_parameters() if n.endswith("bias")):
-                    torch.nn.init.normal_(parameter, std=0.1)  # transformers starts them at nought
+                    torch.nn.init.normal_(parameter, std=0.02)  # transformers starts them at nought
                 model.save_pretrained(folder)
             for file in TOKENIZER_FILES:
                 if (tokenizer_folder / file).is_file():

@@ -45,6 +45,8 @@ def test_same_losses_and_weights(crew, family, chat_data, valid_data, tmp_path, 
     lora = LORA if method == "lora" else {}
     options = {**HARD, **lora, "data__valid": str(valid_data), "model": family(name), "data": chat_data}
     options |= {"method": method}
+    if name == "biased":  # gradients of nearly nought, of which Adam makes steps as large as any, differ by rounding
+        options["train__epsilon"] = 1e-5
     [wanted] = crew.run(tmp_path / "1", 1, crew.train, folder=tmp_path / "one", **options)
     place = {"folder": tmp_path / "many", "strategy": "tensor"}
     answers = crew.run(tmp_path / "n", ranks, crew.train, **place, **options, **how)

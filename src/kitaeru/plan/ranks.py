@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kitaeru.plan.activations import one_layer_bytes
+from kitaeru.plan.deepspeed import BUCKET_NUMBERS
 from kitaeru.plan.layouts import SHARDED, ZERO
 from kitaeru.plan.memory import CPU_PROCESS_BYTES, ITEMS, head_bytes, moments, stored_items, workspace_bytes
 from kitaeru.plan.pipeline import in_flight
@@ -107,7 +108,10 @@ def _shared(layout: Layout, shape: ModelShape, setting: Setting, moment: Items, 
         return _divided(layout, shape, setting, moment, last=last)
     width = layout.micro_batch_tokens * shape.hidden
     if layout.strategy == "tensor":
-        return moment if last else {**moment, "communication": 2 * compute_bytes(layout) * width}
+        # The largest sum of gradients is that of a table, which is whole on every rank; afterwards there are no others.
+        largest = max(BUCKETS_BYTES, 4 * shape.vocab * shape.hidden)
+        sums = min(largest, moment.get("gradients", 0)) if last else 2 * compute_bytes(layout) * width
+        return {**moment, "communication": sums}
     copies = min(BUCKETS_BYTES, moment.get("gradients", 0)) if layout.replicas > 1 else 0
     return {**moment, "communication": copies if last else copies + 4 * residual_bytes(layout) * width}
 
@@ -116,14 +120,12 @@ def _divided(layout: Layout, shape: ModelShape, setting: Setting, moment: Items,
     """FSDP and ZeRO: what is stored is divided by the devices as far as the strategy divides it.
 
     FSDP leaves an adapter and the constants of a base in 4 bits whole on every rank, and gathers weights as they are
-    stored; with `offload` what it divides is in RAM. ZeRO trains 16-bit weights with
-    a 32-bit copy in the divided optimizer, and has no copies of autocast's.
+    stored; with `offload` what it divides is in RAM.
     """
     shared = dict(moment)
     trained = trained_parameters(layout, shape, setting.lora)
     if layout.strategy in ZERO:
-        shared.pop("weight_casts", None)
-        _as_16_bits(shared, layout, trained)
+        _with_deepspeeds_own(shared, layout, trained, last=last)
     for name in _divided_items(layout) & shared.keys():
         shared[name] = -(-shared[name] // layout.shared_by)
     shared["communication"] = _reduction_bytes(layout, shape, trained)
@@ -133,6 +135,8 @@ def _divided(layout: Layout, shape: ModelShape, setting: Setting, moment: Items,
         if trains_all(layout):
             shared.pop("optimizer", None)
             shared.pop("gradients", None)
+            if layout.strategy in ZERO:  # the largest gradient, on its way to RAM
+                shared["communication"] += 4 * shape.vocab * shape.hidden
         if layout.variant == "offload-all" or layout.strategy == "fsdp":
             shared["weights"] = 0
     return shared
@@ -141,38 +145,36 @@ def _divided(layout: Layout, shape: ModelShape, setting: Setting, moment: Items,
 def _divided_items(layout: Layout) -> set[str]:
     if layout.strategy == "fsdp" and not trains_all(layout):
         return {"weights"}
-    divided = {"optimizer"} | ({"gradients"} if layout.strategy != "zero1" else set())
-    return divided | ({"weights", "quantization", "adapter"} if layout.strategy in SHARDED else set())
+    divided = {"optimizer", "gradients"} - ({"gradients"} if layout.strategy == "zero1" else set())
+    return divided | ({"weights"} if layout.strategy in SHARDED else set())
 
 
-def _as_16_bits(shared: Items, layout: Layout, trained: int) -> None:
-    width = compute_bytes(layout)
-    if trains_all(layout):
-        shared["weights"] = width * trained
+def _with_deepspeeds_own(shared: Items, layout: Layout, trained: int, *, last: bool) -> None:
+    """DeepSpeed's optimizer works on a 32-bit copy of its own, in pieces like the moments. Pieces of gradients are
+    there twice: as they were and as they add up (stage 2), or from the start and once more for the step.
+    """
+    shared["optimizer"] = shared.get("optimizer", 0) + 4 * trained
+    if layout.strategy == "zero1":
+        shared["gradients"] = shared.get("gradients", 0) + (4 * trained // layout.devices if last else 0)
+    elif layout.strategy == "zero2":
+        shared["gradients"] = 2 * shared.get("gradients", 0)
     else:
-        shared["adapter"] = width * trained
-    if shared.get("gradients"):
-        shared["gradients"] = width * trained
-    shared["optimizer"] = shared["optimizer"] + (4 * trained if width == 2 else 0)
+        shared["gradients"] = 4 * trained * (2 if last else 1)
 
 
 def _reduction_bytes(layout: Layout, shape: ModelShape, trained: int) -> int:
     """Gradients on their way to the device that owns them: those of the layers at work, of adapters a few buckets."""
+    if layout.strategy in ZERO:
+        return 4 * min(BUCKET_NUMBERS, trained)
     if not trains_all(layout):
         return min(BUCKETS_BYTES, 4 * trained)
-    width = 4 if layout.strategy == "fsdp" else compute_bytes(layout)
-    return LAYERS_GATHERED * width * (trained // shape.layers)
+    return LAYERS_GATHERED * 4 * (trained // shape.layers)
 
 
 def layer_weight_bytes(layout: Layout, shape: ModelShape) -> tuple[int, int]:
-    """Weights of one layer and of the tables outside the layers as they are sent between devices: as they are stored,
-    which for ZeRO's trained ones is in 16 bits.
-    """
-    sent = layout
-    if trains_all(layout) and layout.strategy in ZERO:
-        sent = replace(layout, method="lora")
-    outside = shape.embedding_parameters() * (4 if trains_all(sent) else compute_bytes(layout))
-    return -(-(sum(weight_bytes(sent, shape)) - outside) // shape.layers), outside
+    """Weights of one layer and of the tables outside the layers as they are sent: as they are stored."""
+    outside = shape.embedding_parameters() * (4 if trains_all(layout) else compute_bytes(layout))
+    return -(-(sum(weight_bytes(layout, shape)) - outside) // shape.layers), outside
 
 
 def gathered_bytes(layout: Layout, shape: ModelShape) -> int:

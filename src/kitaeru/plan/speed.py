@@ -77,9 +77,10 @@ def pace(
         kinds = {device: device_rates(device, layout.precision, case, profile) for device in dict.fromkeys(devices)}
         rates = tuple(kinds[devices[rank % len(devices)]] for rank in range(layout.devices))
     link = within = link_rates(hardware, layout.devices, case, profile)
-    if layout.shards:
-        together = replace(hardware, hosts=1) if layout.shards <= layout.devices // hardware.hosts else hardware
-        within = link_rates(together, layout.shards, case, profile)
+    pieces = layout.ranks_per_replica if layout.strategy == "tensor" else layout.shards
+    if pieces:
+        together = replace(hardware, hosts=1) if pieces <= layout.devices // hardware.hosts else hardware
+        within = link_rates(together, pieces, case, profile)
     return Pace(rates, link, within)
 
 
@@ -208,7 +209,9 @@ def _whole(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) 
     steps = []
     for rates in dict.fromkeys(at.devices):
         layer = layer_on(layout, held, load, rates)
-        micro = (layer.forward + layer.backward).times(shape.layers) + layer.head
+        # Tensor-parallel devices have the whole head, each for a part of the tokens.
+        head = layer.head.times(1 / layout.ranks_per_replica if layout.strategy == "tensor" else 1.0)
+        micro = (layer.forward + layer.backward).times(shape.layers) + head
         micro = Took(micro.parts, micro.host + rates.micro_batch)
         computing = micro.seconds
         scale = computing / micro.device if micro.device else 1.0
@@ -231,8 +234,10 @@ def _layer_waits(
     """What one micro-batch waits for other devices and for the host's memory, beyond what computing hides."""
     forward, backward = layer.forward.device * scale, layer.backward.device * scale
     if layout.strategy == "tensor":
-        once = _all_reduce(layout, at, compute_bytes(layout) * layout.micro_batch_tokens * shape.hidden)
-        return {"communication": shape.layers * once * (6 if layout.activations == "recompute" else 4)}
+        sent = compute_bytes(layout) * layout.micro_batch_tokens * shape.hidden
+        once = _sum_seconds(layout.ranks_per_replica, at.within, sent)
+        # Two sums forward, two backward; what is computed again stops before its last one. One more is the head's.
+        return {"communication": (shape.layers * (5 if layout.activations == "recompute" else 4) + 1) * once}
     found = _activation_waits(layout, shape, load, rates, forward, backward)
     if layout.variant == DISK:
         weights, _ = layer_weight_bytes(replace(layout, variant=""), shape)
@@ -245,8 +250,7 @@ def _layer_waits(
     trained = trained_parameters(layout, shape, load.setting.lora)
     share = (layout.shared_by - 1) / layout.shared_by
     gather = share * weights / at.within.bytes_s + at.within.latency
-    width = 4 if layout.strategy == "fsdp" else 2
-    reduce = share * width * trained / shape.layers / at.within.bytes_s if trains_all(layout) else 0.0
+    reduce = share * 4 * trained / shape.layers / at.within.bytes_s if trains_all(layout) else 0.0
     in_ram = layout.variant == "offload-all" or (layout.strategy == "fsdp" and layout.variant == "offload")
     waits = 0.0
     if layout.strategy in SHARDED:
@@ -257,11 +261,12 @@ def _layer_waits(
         waits += (shape.layers - 1) * (max(0.0, fetched - forward) + max(0.0, again + reduce - backward))
         waits += fetched + share * tables / at.within.bytes_s
     elif layout.strategy == "zero2":
-        waits += shape.layers * max(0.0, reduce - backward)
+        # DeepSpeed adds gradients up on all ranks, and each keeps its piece.
+        waits += shape.layers * max(0.0, 2 * reduce - backward)
     found["communication"] = waits
     if layout.variant.startswith("offload") and trains_all(layout):
         # Each device's piece of the gradients goes to RAM after each micro-batch.
-        down = width * trained / layout.shared_by / rates.host_copy
+        down = 4 * trained / layout.shared_by / rates.host_copy
         found["offload"] = found.get("offload", 0.0) + max(0.1 * down, down - 0.5 * shape.layers * backward)
     return found
 
@@ -284,25 +289,42 @@ def _end_of_step(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The optimizer, and what crosses between devices once a step."""
     trained = float(trained_parameters(layout, shape, load.setting.lora))
+    if layout.strategy == "tensor":
+        return _end_of_tensor_step(layout, shape, load, at, trained, rates)
     moved = optimizer_bytes_moved(layout, trained, load.setting.optimizer)
     if layout.variant.startswith("offload") and trains_all(layout):
         # FSDP fetches what was updated layer by layer.
-        updated = 0.0 if layout.strategy == "fsdp" else 2 * trained / layout.devices / rates.host_copy
+        updated = 0.0 if layout.strategy == "fsdp" else 4 * trained / layout.devices / rates.host_copy
         return {"offload": moved / rates.host_memory + updated}, {}
     adapter_on_all = layout.strategy == "ddp" or (layout.strategy == "fsdp" and not trains_all(layout))
-    shared = layout.shared_by if layout.strategy in ("fsdp", *ZERO, "tensor") and not adapter_on_all else 1
+    shared = layout.shared_by if layout.strategy in ("fsdp", *ZERO) and not adapter_on_all else 1
     ending = {"optimizer": moved / shared / rates.stream}
     if adapter_on_all:
         return ending, {"communication": _hidden(_all_reduce(layout, at, 4 * trained), 0.5 * micro)}
     if layout.strategy in ("zero1", "zero2"):
-        width = compute_bytes(layout)
-        gather = (layout.devices - 1) / layout.devices * width * trained / at.link.bytes_s
-        reduced = _all_reduce(layout, at, width * trained) if layout.strategy == "zero1" else 0.0
+        gather = (layout.devices - 1) / layout.devices * 4 * trained / at.link.bytes_s
+        reduced = _all_reduce(layout, at, 4 * trained) if layout.strategy == "zero1" else 0.0
         return ending, {"communication": gather + _hidden(reduced, 0.5 * micro)}
     if layout.shards:  # each piece of the gradients is added up over the copies, behind the last backward pass
         copies = replace(layout, devices=layout.devices // layout.shards)
         return ending, {"communication": _hidden(_all_reduce(copies, at, 4 * trained / layout.shards), 0.5 * micro)}
     return ending, {}
+
+
+def _end_of_tensor_step(
+    layout: Layout, shape: ModelShape, load: Load, at: Pace, trained: float, rates: Rates
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Gradients of what every device has whole are added up over all, those of parts over the copies, and only then is
+    the optimizer at work.
+    """
+    ranks, copies = layout.ranks_per_replica, layout.replicas
+    here = float(trained_parameters(layout, part_of(layout, shape, 0, 1).shape, load.setting.lora))
+    whole = max(0.0, (ranks * here - trained) / (ranks - 1))
+    waiting = _sum_seconds(layout.devices, at.link, 4 * whole)
+    if copies > 1:
+        waiting += _sum_seconds(copies, at.link, 4 * (here - whole))
+    moved = optimizer_bytes_moved(layout, here, load.setting.optimizer)
+    return {"optimizer": moved / rates.stream}, {"communication": waiting}
 
 
 def _hidden(seconds: float, behind: float) -> float:
@@ -312,7 +334,11 @@ def _hidden(seconds: float, behind: float) -> float:
 
 def _all_reduce(layout: Layout, at: Pace, size: float) -> float:
     """Seconds to add up `size` bytes over all devices in a ring."""
-    return 2 * (layout.devices - 1) / layout.devices * size / at.link.bytes_s + at.link.latency
+    return _sum_seconds(layout.devices, at.link, size)
+
+
+def _sum_seconds(devices: int, link: LinkRates, size: float) -> float:
+    return 2 * (devices - 1) / devices * size / link.bytes_s + link.latency
 
 
 def _staged(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) -> Step:
