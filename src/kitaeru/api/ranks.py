@@ -128,8 +128,10 @@ def _outcome(answer: tuple[str, ...]) -> str:
 
 def _worker(folder: str, show: Show, lang: str, team: Team) -> tuple[str, ...]:
     """What each of them does. An interruption is no failure: it comes back as an answer."""
+    from kitaeru.engine.launch import begin_worker
     from kitaeru.engine.place import meet
 
+    begin_worker()
     set_language(lang)
     place = team.place()
     try:

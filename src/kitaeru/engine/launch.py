@@ -7,6 +7,7 @@ touched no GPU, so that starting N of them takes as long as starting one.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import multiprocessing
@@ -18,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +35,7 @@ from kitaeru.i18n import tr
 
 # After one has failed, the others get so long to go before they are killed.
 SHUTDOWN_SECONDS = 8
+_PR_SET_PDEATHSIG = 1
 
 
 def launch(folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...], team: Team) -> Any:
@@ -47,7 +50,7 @@ def launch(folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...
     """
     for noisy in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["kitaeru.engine.rank", "kitaeru.report.live"])
+    _start_forkserver()
     for rank in range(team.first, team.first + team.local):
         (folder / "logs" / f"rank-{rank}.json").unlink(missing_ok=True)
     options: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS} if _has("shutdown_timeout") else {}
@@ -72,6 +75,27 @@ def launch(folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...
         failures = {team.first + local: failure for local, failure in failed.failures.items()}
         raise explain(folder, failures, team.restarts) from None
     return answers[0]
+
+
+def _start_forkserver() -> None:
+    """Start the process that workers are forked from. It must outlive a SIGTERM that everybody gets, as schedulers send
+    it: the workers save first, and end through it.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["kitaeru.engine.rank", "kitaeru.report.live"])
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def begin_worker() -> None:
+    """What a worker does first: hear SIGTERM again, and die with those who started it, however they die."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        os._exit(1)
 
 
 def _has(name: str) -> bool:
