@@ -317,3 +317,52 @@ def skips(world: Any, *, step: int, **options: Any) -> dict[str, Any]:
     run.loop.watch.verdict = jumps  # type: ignore[method-assign]
     run.run()
     return {"losses": run.losses, "skipped": [event.step for event in run.steps if event.skipped]}
+
+
+def writes_behind(world: Any, *, then: str, **options: Any) -> dict[str, Any]:
+    """A run whose checkpoints are written in the background, that of step 6 only once step 8 is done. As `then` says,
+    rank 0 is killed at that moment, or rank 1 finds the disk full. Nothing may be put together for a checkpoint.
+    """
+    import errno
+    import os
+    import signal
+    import threading
+
+    import training
+    from kitaeru.engine import checkpoint, keep
+    from kitaeru.events import Saved
+
+    keep.BACKGROUND_BYTES = 0
+    run = training.Training(world=world, **options)
+    loop, folder = run.loop, run.loop.folder
+    gate, seen = threading.Event(), []
+    write, step, strategy = checkpoint.write_part, loop._step, run.trainee.strategy
+
+    def write_later(temporary: Path, number: int, tensors: Any) -> None:
+        if "step-00000006" in temporary.name:
+            gate.wait(60)
+            if then == "full" and world.rank == 1:
+                checkpoint.save_file = full  # type: ignore[attr-defined]
+        write(temporary, number, tensors)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def watched() -> None:
+        step()
+        if loop.progress.step == 8:
+            seen.append([path.name for path in checkpoint.available(folder)])
+            if then == "killed" and world.rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            gate.set()
+
+    def gathers(*_: Any) -> None:
+        raise AssertionError("put together")
+
+    checkpoint.write_part, loop._step = write_later, watched  # type: ignore[method-assign]
+    gather, strategy.gather = strategy.gather, gathers  # type: ignore[method-assign]
+    outcome = run.run()
+    strategy.gather = gather  # type: ignore[method-assign]
+    files = {path.name: sorted((f.name, f.stat().st_size) for f in path.iterdir()) for path in folder.glob("step-*")}
+    saved = [event.step for event in run.events if isinstance(event, Saved)]
+    return {"outcome": outcome, "losses": run.losses, "seen": seen, "files": files, "saved": saved}

@@ -240,3 +240,26 @@ def test_fewer_micro_batches_than_stages(crew, family, chat_data, tmp_path):
 )
 def test_one_run_in_pieces_and_whole(crew, family, chat_data, whole, tmp_path, method, parts):
     moved(crew, parts, whole(method), tmp_path, model=family("llama"), data=chat_data, method=method)
+
+
+@pytest.mark.parametrize("then", ["done", "killed", "full"])
+def test_pieces_are_written_while_training_goes_on(crew, family, chat_data, whole, tmp_path, then):
+    """Each rank its own, nothing put together; a kill or a full disk meanwhile leaves the checkpoint before it good."""
+    wanted = whole("full")
+    options = {"folder": tmp_path / "run", "model": family("llama"), "data": chat_data, "method": "full", **RUN}
+    arguments = (tmp_path / "2", 2, crew.writes_behind)
+    if then == "done":
+        answers = crew.run(*arguments, then=then, strategy="fsdp", **options)
+        assert answers[0]["saved"] == [3, 6, 9]
+        for answer in answers:
+            assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+            assert answer["seen"] == [["step-00000003"]]  # while step 7 and 8 were made
+        sizes = dict(answers[0]["files"]["step-00000006"])
+        assert sizes.keys() == {"manifest.json", "state.json", "state.safetensors", "state-0001.safetensors"}
+        assert sizes["state-0001.safetensors"] == pytest.approx(sizes["state.safetensors"], rel=0.1)
+        return
+    with pytest.raises(AssertionError, match={"killed": "exit code -9", "full": "CheckpointError.*No space"}[then]):
+        crew.run(*arguments, then=then, strategy="fsdp", **options)
+    [again] = crew.run(tmp_path / "1", 1, crew.train, resume=True, **options)
+    assert again["steps"] == list(range(4, STEPS + 1))
+    assert again["losses"] == pytest.approx(wanted["losses"][3:], rel=1e-5)

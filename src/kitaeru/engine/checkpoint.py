@@ -4,7 +4,11 @@ A checkpoint is a folder `step-00000120` with three files:
 
 - `state.safetensors`: tensors by flat name ("model/NAME", "optimizer/NAME/KEY", "rng/NAME");
 - `state.json`: everything else, as JSON;
-- `manifest.json`: size and SHA-256 of the two. Written last: without it a folder is no checkpoint.
+- `manifest.json`: size and SHA-256 of the others. Written last: without it a folder is no checkpoint.
+
+Processes that have pieces of tensors write them themselves: `state-0001.safetensors` and so on hold rows of a tensor,
+under its name and the number of the first ("model/NAME@4096"). Whoever reads gets it whole: how it was cut does not
+matter.
 
 It is written into a hidden folder beside its place, flushed to disk, read back and only then renamed. An exclusive lock
 on the folder, which the kernel drops when its holder dies, tells what is still being written from what was left over.
@@ -18,14 +22,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from kitaeru.engine.checkpoint_lock import exclusive
 from kitaeru.engine.same_run import compare as compare
@@ -36,6 +42,9 @@ from kitaeru.i18n import tr
 TENSORS, META, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING, _REPLACED, _REMOVED, _DAMAGED = ".writing", ".replaced", ".removed", ".damaged"
+# Between the name of a tensor and the number of a piece's first row.
+ROW = "@"
+_NOTE = ".part-{:04d}.json"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -51,22 +60,132 @@ def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], meta: Map
         CheckpointError: the disk is full or broken, or another process is writing here. Earlier checkpoints are whole.
         TypeError: `meta` is not JSON.
     """
+    draft = begin(folder, step, room_bytes(tensors), meta)
+    try:
+        write_part(draft.temporary, 0, tensors)
+        return draft.complete(1)
+    finally:
+        draft.drop()
+
+
+def room_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """What a file of these takes at most."""
+    return sum(tensor.nbytes + 512 for tensor in tensors.values())
+
+
+def begin(folder: Path, step: int, needed_bytes: int, meta: Mapping[str, Any]) -> Draft:
+    """Make ready for the checkpoint of `step`, and keep other writers out until it is complete (or this process ends).
+
+    Raises:
+        CheckpointError: the disk is full or broken, or another process is writing here.
+        TypeError: `meta` is not JSON.
+    """
     text = json.dumps(meta, ensure_ascii=False)
-    plain = _plain(tensors)
     path = folder / f"step-{step:08d}"
+    draft = Draft(path, _hidden(path, _WRITING), step, text, ExitStack())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder):
-            _tidy(folder)
-            _check_room(folder, step, len(text.encode()) + sum(t.nbytes + 512 for t in plain.values()) + 65536)
-            _write_and_rename(path, step, plain, text)
-    except (OSError, SafetensorError) as error:
-        raise _write_error(path, error) from error
-    return path
+        draft.held.enter_context(exclusive(folder))
+        _tidy(folder)
+        _check_room(folder, step, len(text.encode()) + needed_bytes + 65536)
+        draft.temporary.mkdir()
+    except BaseException as error:
+        draft.held.close()
+        raise _write_error(path, error) if isinstance(error, OSError) else error from error
+    return draft
 
 
-def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the meta data of the checkpoint at `path`, after verifying it.
+def write_part(temporary: Path, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write, flush and read back the file of process `number`, and note how that went for the one who completes it."""
+    note = temporary / _NOTE.format(number)
+    path = temporary / _file(number)
+    try:
+        plain = _plain(tensors)
+        save_file(plain, path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        _read_back(path, plain)
+        write_json(note, _facts(path))
+    except Exception as error:
+        what = _write_error(path, error)
+        write_json(note, {"what": what.what, "remedy": what.remedy})
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+
+
+@dataclass
+class Draft:
+    """A checkpoint that is being written in `temporary`, and will be at `path`."""
+
+    path: Path
+    temporary: Path
+    step: int
+    text: str
+    held: ExitStack
+
+    def complete(self, parts: int) -> Path:
+        """Wait for so many parts, mark it as complete and rename it. Returns the checkpoint's folder.
+
+        Raises:
+            CheckpointError: a part could not be written. Earlier checkpoints are whole.
+        """
+        try:
+            files = {_file(number): self._part(number) for number in range(parts)}
+            write_atomic(self.temporary / META, self.text)
+            if (self.temporary / META).read_text(encoding="utf-8") != self.text:
+                raise OSError(errno.EIO, _differs())
+            files[META] = _facts(self.temporary / META)
+            for number in range(parts):
+                (self.temporary / _NOTE.format(number)).unlink()
+            write_json(self.temporary / MANIFEST, {"version": 1, "step": self.step, "files": files})
+            _put_in_place(self.temporary, self.path)
+        except OSError as error:
+            raise _write_error(self.path, error) from error
+        finally:
+            self.drop()
+        return self.path
+
+    def drop(self) -> None:
+        """Remove what is not complete, and let other writers in."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.held.close()
+
+    def _part(self, number: int) -> dict[str, Any]:
+        note = self.temporary / _NOTE.format(number)
+        while not note.exists():
+            time.sleep(0.02)
+        found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+        if "what" in found:
+            raise CheckpointError(found["what"], where=str(self.path), remedy=found["remedy"])
+        return found
+
+
+class Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint, whole, on the CPU; each is read when it is asked for."""
+
+    def __init__(self, files: Collection[Path]) -> None:
+        self._pieces: dict[str, list[tuple[int, Any, str]]] = {}
+        for path in files:
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118 - not a dict
+                name, _, row = key.partition(ROW)
+                self._pieces.setdefault(name, []).append((int(row or 0), file, key))
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[0])
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        pieces = [file.get_tensor(key) for _, file, key in self._pieces[name]]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+
+def load(path: Path) -> tuple[Stored, dict[str, Any]]:
+    """The tensors and the meta data of the checkpoint at `path`, after verifying it.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -79,7 +198,8 @@ def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             remedy=tr("Resume without naming a checkpoint: the newest good one is found by itself."),
         )
     meta: dict[str, Any] = json.loads((path / META).read_text(encoding="utf-8"))
-    return load_file(path / TENSORS), meta
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    return Stored([path / name for name in manifest["files"] if name != META]), meta
 
 
 def verify(path: Path) -> str | None:
@@ -88,7 +208,7 @@ def verify(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if path.name != f"step-{manifest['step']:08d}":
             return tr("it was written as step {step}.", step=manifest["step"])
-        for name in (TENSORS, META):
+        for name in {TENSORS: None, META: None, **manifest["files"]}:
             expected = manifest["files"][name]
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
@@ -124,7 +244,7 @@ def step_of(path: Path) -> int:
 
 def size_bytes(path: Path) -> int:
     """Bytes on disk of the checkpoint at `path`."""
-    return sum((path / name).stat().st_size for name in (TENSORS, META, MANIFEST))
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
 def newest_good(folder: Path, *, damaged: Callable[[Path, str], None]) -> Path | None:
@@ -182,36 +302,25 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return plain
 
 
-def _write_and_rename(path: Path, step: int, tensors: dict[str, torch.Tensor], text: str) -> None:
-    temporary = _hidden(path, _WRITING)
-    try:
-        _write(temporary, step, tensors, text)
-        _read_back(temporary, tensors, text)
-        _put_in_place(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _file(number: int) -> str:
+    return f"state-{number:04d}.safetensors" if number else TENSORS
 
 
-def _write(temporary: Path, step: int, tensors: dict[str, torch.Tensor], text: str) -> None:
-    temporary.mkdir()
-    save_file(tensors, temporary / TENSORS)
-    with (temporary / TENSORS).open("rb+") as file:
-        os.fsync(file.fileno())
-    write_atomic(temporary / META, text)
-    files = {
-        name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
-        for name in (TENSORS, META)
-    }
-    write_json(temporary / MANIFEST, {"version": 1, "step": step, "files": files})
+def _facts(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
-def _read_back(temporary: Path, tensors: Mapping[str, torch.Tensor], text: str) -> None:
+def _differs() -> str:
+    return tr("what was read back differs from what was written")
+
+
+def _read_back(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Compare every tensor on disk with the one in memory, bit for bit."""
-    with safe_open(temporary / TENSORS, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         same = set(file.keys()) == set(tensors)
         same = same and all(_bits_equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
-    if not same or (temporary / META).read_text(encoding="utf-8") != text:
-        raise OSError(errno.EIO, tr("what was read back differs from what was written"))
+    if not same:
+        raise OSError(errno.EIO, _differs())
 
 
 def _bits_equal(one: torch.Tensor, other: torch.Tensor) -> bool:

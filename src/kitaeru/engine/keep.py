@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,16 @@ import torch
 from kitaeru.data.batches import Sampler
 from kitaeru.data.corpus import Corpus
 from kitaeru.engine import checkpoint
+from kitaeru.engine.background import Background
 from kitaeru.engine.build import Trainee
 from kitaeru.engine.gates import LossWatch
 from kitaeru.engine.optim import load_optimizer_state, optimizer_state
 from kitaeru.errors import CheckpointError
 from kitaeru.events import Saved
 from kitaeru.i18n import tr
+
+# What takes longer to write than training should wait.
+BACKGROUND_BYTES = 256 << 20
 
 
 @dataclass
@@ -51,6 +57,7 @@ class Kept:
         self.progress = Progress()
         self.watch = LossWatch(self.section)
         self._all, self._mine = set(trainee.names), {name for name, _ in trainee.named}
+        self._writing: Background[Saved | None] = Background()
 
     @property
     def folder(self) -> Path:
@@ -58,14 +65,18 @@ class Kept:
         return self.run / "checkpoints"
 
     def save(self) -> None:
-        """Write a checkpoint of this step, verified, and prune old ones."""
+        """Write a checkpoint of this step, verified, and prune old ones. A large one is copied into RAM and written
+        while training goes on; `settle` tells how that went.
+
+        Raises:
+            CheckpointError: this or the one before cannot be written; the earlier ones are whole.
+        """
+        self.settle(wait=True)
         self.world.pulse.waiting()
         started, trainee, step = time.perf_counter(), self.trainee, self.progress.step
         moments, scalars = optimizer_state(trainee.optimizer, trainee.named)
-        pieces = {f"model/{name}": p.detach() for name, p in trainee.named}
-        pieces |= {f"optimizer/{name}": value for name, value in moments.items()}
-        whole = {key: trainee.strategy.gather(trainee.held, _parameter(key), p) for key, p in pieces.items()}
-        tensors = self.world.united(whole)
+        mine = {f"model/{name}": p.detach() for name, p in trainee.named}
+        mine |= {f"optimizer/{name}": value for name, value in moments.items()}
         scalars["values"] = {n: value for each in self.world.each_of(scalars["values"]) for n, value in each.items()}
         meta = {
             "step": step,
@@ -77,13 +88,80 @@ class Kept:
             "recent_losses": list(self.watch.recent),
             "fingerprints": self.fingerprints,
         }
-        if self.world.main:
-            self.world.pulse.free()  # the others go on, and wait in the next step
-            path = checkpoint.save(self.folder, step, tensors, meta)
-            protected = {self.progress.best_step} if self.section.keep_best and self.progress.best_step else set()
+        tensors, temporary, complete = self._ready(mine, step, meta)
+        if temporary is None:
+            return
+        protected = {self.progress.best_step} if self.section.keep_best and self.progress.best_step else set()
+
+        def write() -> Saved | None:
+            checkpoint.write_part(temporary, self.world.rank, tensors)
+            if complete is None:
+                return None
+            path = complete()
             checkpoint.prune(self.folder, self.section.keep_checkpoints, protect=protected)
             size, seconds = checkpoint.size_bytes(path), time.perf_counter() - started
-            trainee.emit(Saved(step=step, path=str(path), bytes=size, seconds=seconds))
+            return Saved(step=step, path=str(path), bytes=size, seconds=seconds)
+
+        self.world.pulse.free()  # the others go on, and wait in the next step
+        self._writing.start(write)
+        self.settle(wait=checkpoint.room_bytes(tensors) < BACKGROUND_BYTES)
+
+    def settle(self, *, wait: bool) -> None:
+        """Take in what is written in the background: done (with `wait` when it is), it is told.
+
+        Raises:
+            CheckpointError: it cannot be written; the earlier checkpoints are whole.
+        """
+        saved = self._writing.done(wait=wait)
+        if saved is not None:
+            self.trainee.emit(saved)
+
+    def _ready(
+        self, mine: dict[str, torch.Tensor], step: int, meta: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], Path | None, Callable[[], Path] | None]:
+        """A copy in RAM of what this process writes of a checkpoint, where it does (None: nothing), and on the main one
+        what completes it. Who has rows of parameters writes these; where not all see the same disk, the main one writes
+        everything.
+        """
+        world, rows = self.world, self.trainee.held.rows
+        cut = world.any(bool(rows))
+        tensors = self._rows(mine) if cut else self._whole(mine)
+        needed = sum(world.numbers([checkpoint.room_bytes(tensors)]))
+        draft = checkpoint.begin(self.folder, step, needed, meta) if world.main else None
+        temporary, parts = None if draft is None else draft.temporary, 1
+        if cut:
+            place = world.said(temporary)
+            assert place is not None
+            if world.any(not place.is_dir()):
+                tensors = self._whole(mine)
+            else:
+                temporary, parts = place if rows else None, sum(world.numbers([bool(rows)]))
+        return tensors, temporary, None if draft is None else partial(draft.complete, parts)
+
+    def _rows(self, mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies of this rank's rows; on the main process also of what is whole on every rank."""
+        found, weights = {}, dict(self.trainee.named)
+        for key, tensor in mine.items():
+            name = _parameter(key)
+            rows = self.trainee.held.rows.get(name)
+            if rows is None or tensor.shape != weights[name].shape or len(rows.shape) != tensor.ndim:
+                if self.world.main:
+                    found[key] = tensor.to("cpu", copy=True)
+            elif len(tensor):
+                found[f"{key}{checkpoint.ROW}{rows.first}"] = tensor.to("cpu", copy=True)
+        return found
+
+    def _whole(self, mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """On the main process a copy of everything, whole; nothing on the others."""
+        trainee = self.trainee
+        whole = {key: trainee.strategy.gather(trainee.held, _parameter(key), tensor) for key, tensor in mine.items()}
+        found = self.world.united(whole)
+        if not self.world.main:
+            return {}
+        for key, tensor in mine.items():  # weights that lie on a CPU go on changing; moments are copies already
+            if key.startswith("model/") and found[key].data_ptr() == tensor.data_ptr():
+                found[key] = found[key].clone()
+        return found
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint: weights, optimizer, schedule, sampler, scaler, best loss.
@@ -110,6 +188,7 @@ class Kept:
 
     def take_best(self) -> int:
         """Put the weights of the best validation back; the step they are of."""
+        self.settle(wait=True)
         best = self.progress.best_step
         if not self.section.keep_best or self.valid is None or best in (0, self.progress.step):
             return self.progress.step
@@ -120,7 +199,7 @@ class Kept:
         self._put_weights(self._pieces(checkpoint.load(path)[0] if self.world.main else {}))
         return best
 
-    def _pieces(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _pieces(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This rank's pieces of a checkpoint that the main process has read."""
         trainee = self.trainee
         return {

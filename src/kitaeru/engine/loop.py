@@ -43,7 +43,7 @@ class Loop(Kept):
         self.total = self.section.max_steps or self.sampler.steps_in(self.section.epochs or 1.0)
         self.gated = 0
         longest = max(corpus.facts.longest for corpus in (train, valid) if corpus is not None)
-        self.ladder = Ladder(trainee, run, longest, lambda: self.save())
+        self.ladder = Ladder(trainee, run, longest, self._save_now)
         self.clock = Stopwatch(trainee.device)
         self.stop_signal: int | None = None
         self.signalled = 0.0
@@ -63,6 +63,7 @@ class Loop(Kept):
                 self._validate()
             while self.progress.step < self.total and not self._given_up():
                 self._step()
+                self.settle(wait=False)
                 done = self.progress.step
                 if done % TRIM_EVERY == 0:
                     trim(self.trainee.device)
@@ -78,8 +79,10 @@ class Loop(Kept):
                 ):
                     self.save()
                 if stop and done < self.total:
+                    self.settle(wait=True)
                     return "interrupted"
             self.world.pulse.free()
+            self.settle(wait=True)
         return "stopped_early" if self.progress.step < self.total else "finished"
 
     def _step(self) -> None:
@@ -121,6 +124,10 @@ class Loop(Kept):
                 skipped=skipped,
             )
         )
+
+    def _save_now(self) -> None:
+        self.save()
+        self.settle(wait=True)
 
     # ---- the parts ------------------------------------------------------------------------------------------------
 

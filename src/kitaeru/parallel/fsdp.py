@@ -110,9 +110,9 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     pieces.sharded = sharded
     # The optimizer works on the piece as a plain tensor in the same memory, so any elementwise one can be used.
     own = [(name, nn.Parameter(sharded[name].to_local().detach())) for name, _ in named]
-    rows = {
-        name: Rows(tuple(whole.shape), pieces.place * -(-whole.shape[0] // ranks)) for name, whole in sharded.items()
-    }
+    # One copy is enough for a checkpoint.
+    written = sharded if world.rank < ranks else {}
+    rows = {name: Rows(tuple(t.shape), pieces.place * -(-t.shape[0] // ranks)) for name, t in written.items()}
     return Held(world, unit, own, pieces, at=device, rows=rows)
 
 

@@ -67,7 +67,7 @@ class Held:
 
     Names in `named` are those of the whole model, in its order; ranks may hold different ones. `state` is the
     strategy's own. `devices` are those of this process where it has more than one. `at`: where it computes (None: where
-    its trained parameters are). `rows`: which part of them its pieces are, where they are rows. `optimizer`: the one
+    its trained parameters are). `rows`: what it writes into checkpoints, if its pieces are rows. `optimizer`: the one
     that a strategy drives itself. `elsewhere`: how many numbers of the trained parameters, and of all, only others
     have, where the model's parameters here are pieces themselves.
     """

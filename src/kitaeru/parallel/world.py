@@ -89,9 +89,10 @@ class World:
 
     def each(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """The main process's CPU tensors one after another, so that no other holds them all; all ranks go through."""
-        outline = self.said([(name, t.shape, t.dtype) for name, t in tensors.items()])
-        for name, shape, dtype in outline:
-            tensor = tensors[name] if self.main else torch.empty(shape, dtype=dtype)
+        for name in self.said(list(tensors)):
+            tensor = tensors[name] if self.main else torch.empty(0)
+            shape, dtype = self.said((tensor.shape, tensor.dtype))
+            tensor = tensor if self.main else torch.empty(shape, dtype=dtype)
             if self.size > 1 and tensor.numel():
                 dist.broadcast(_raw(tensor), src=0)
             yield name, tensor
