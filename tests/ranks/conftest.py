@@ -53,6 +53,14 @@ def _config(family: str, layers: int) -> Any:
             return transformers.GemmaConfig(**shape, head_dim=8)
         case "mixtral":
             return transformers.MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2)
+        case "wide mixtral":  # wide enough for its experts to be packed
+            wide = {"hidden_size": 64, "intermediate_size": 128}
+            return transformers.MixtralConfig(**shape | wide, num_local_experts=4, num_experts_per_tok=2)
+        case "wide qwen3_moe":
+            wide = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 16}
+            return transformers.Qwen3MoeConfig(**shape | wide, num_experts=6, num_experts_per_tok=2)
+        case "gpt2":
+            return transformers.GPT2Config(vocab_size=16384, n_embd=32, n_layer=layers, n_head=4)
     raise ValueError(family)
 
 

@@ -205,3 +205,41 @@ def test_a_base_in_4_bits_is_carried_unchanged(crew, family, chat_data, valid_da
     assert sum(answer["bytes"] for answer in answers) == wanted["bytes"] * copies  # nobody holds another's
     assert max(answer["bytes"] for answer in answers) < 0.52 * wanted["bytes"]
     assert all(answer["read"] == [layer for layer in (0, 1) if layer % ranks == r] for r, answer in enumerate(answers))
+
+
+PACKED: dict = {}  # the single process's runs
+MIXTURES = {
+    "ddp": (2, {"strategy": "ddp"}),
+    "pipeline": (2, {"strategy": "pipeline", "variant": "1f1b", "cuts": (1, 2), "activations": "recompute"}),
+    "model_parallel": (1, {"strategy": "model_parallel", "devices": 2, "cuts": (2, 1)}),
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "name", "base"),
+    [
+        ("ddp", "wide mixtral", "nf4"),
+        ("pipeline", "wide mixtral", "nf4"),
+        ("pipeline", "wide qwen3_moe", "nf4"),
+        ("pipeline", "wide mixtral", "int8"),
+        ("model_parallel", "wide qwen3_moe", "nf4"),
+    ],
+)
+def test_a_mixture_with_packed_experts(crew, family, chat_data, valid_data, tmp_path, way, name, base):
+    """Adapters on attention, router and experts; the experts' bytes and scales stay what they were."""
+    options = {**HARD, "lora__r": 4, "data__valid": str(valid_data), "base": base}
+    options |= {"model": family(name, 3), "data": chat_data, "method": "qlora" if base == "nf4" else "lora"}
+    ranks, how = MIXTURES[way]
+    if (name, base) not in PACKED:
+        [PACKED[name, base]] = crew.run(tmp_path / "1", 1, crew.train, folder=tmp_path / "one", **options)
+    wanted = PACKED[name, base]
+    answers = crew.run(tmp_path / "n", ranks, crew.train, folder=tmp_path / "run", **options, **how)
+    assert sum("experts" in weight for weight in wanted["weights"]) == 3 * 4  # A and B, of two stacks
+    weights = {}
+    for answer in answers:
+        assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+        assert answer["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
+        assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
+        assert answer["frozen"]
+        weights |= answer["weights"]
+    assert far(weights, wanted["weights"]) <= 1e-5

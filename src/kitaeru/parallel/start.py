@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from kitaeru.errors import TrainingError
 from kitaeru.i18n import tr
+from kitaeru.model.experts import PackedExperts
 from kitaeru.parallel.types import Named
 from kitaeru.parallel.world import World
 
@@ -49,7 +50,8 @@ def hash_frozen(model: nn.Module) -> int:
         if isinstance(module, FSDPModule):
             module.reshard()  # an evaluation may have left it whole
         constants = getattr(module, "quant_state", None)
-        for tensor in (*module.parameters(recurse=False), *_tensors_in(constants)):
+        more = module.buffers(recurse=False) if isinstance(module, PackedExperts) else _tensors_in(constants)
+        for tensor in (*module.parameters(recurse=False), *more):
             index += 1
             if not (tensor.requires_grad or tensor.is_meta):
                 piece = tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
