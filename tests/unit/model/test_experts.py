@@ -80,7 +80,7 @@ def move(adapter: Any) -> None:
 
 
 def only_experts(model: Any, folder: Path) -> None:
-    """Give the layers that bitsandbytes packed the values of their 16-bit selves, so that experts alone are compared."""
+    """Give layers that bitsandbytes packed the values of their 16-bit selves: experts alone are compared."""
     whole = load(folder, "none")
     for name, module in list(model.named_modules()):
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
