@@ -24,7 +24,6 @@ from kitaeru.hardware import Hardware
 from kitaeru.i18n import N_, language, set_language, tr
 from kitaeru.machine.attempt import HUNG, Answer, attempt, end_group
 from kitaeru.machine.probe import probe
-from kitaeru.recipe.checks import STRATEGIES_BUILT
 from kitaeru.recipe.types import Recipe
 
 if TYPE_CHECKING:
@@ -283,8 +282,6 @@ def accumulation(bench: Bench) -> Answer:
 def model_parallel(bench: Bench) -> Answer:
     """A 13B-class model planned for this machine, and a small one really split over the devices."""
     planned = _thirteen(bench)
-    if "model_parallel" not in STRATEGIES_BUILT:
-        return _skipped(planned + "; " + tr("this version cannot split a model by layers yet"))
     device, count = bench.group
     count = min(count, 4)  # a stage has a layer at least, and the model eight
     # An adapter: the bundled model's input and output are one table, which cannot be trained on two devices.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from kitaeru.errors import PlanError
@@ -15,6 +16,7 @@ from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
 from kitaeru.plan.calibrate import Profile, own_profile
 from kitaeru.plan.decide import decide_learning, default_seq_len, fill
+from kitaeru.plan.deepspeed import offloads, read_own
 from kitaeru.plan.host import host_items
 from kitaeru.plan.layouts import (
     DISK,
@@ -24,6 +26,7 @@ from kitaeru.plan.layouts import (
     arrangements,
     illegal,
     is_built,
+    waits_to_be_asked,
     ways,
 )
 from kitaeru.plan.nearest import no_layout, not_legal
@@ -85,7 +88,7 @@ def survey(recipe: Recipe, hardware: Hardware, shape: ModelShape, facts: DataFac
     problem = state(recipe, hardware, shape, facts)
     pricing = Pricing(problem)
     candidates = pricing.price()
-    usable = [candidate for candidate in candidates if candidate.fits and candidate.built]
+    usable = [c for c in candidates if c.fits and c.built and not waits_to_be_asked(c.layout.strategy, recipe)]
     if not usable:
         refusal = no_layout(
             problem, candidates, lambda other: Pricing(state(other, hardware, shape, facts), built_only=True).price()
@@ -176,6 +179,11 @@ class Pricing:
         group, hosts = problem.recipe.limits.split_over, problem.hardware.hosts
         within = group if group is not None else problem.world // hosts if hosts > 1 else None
         found = list(arrangements(problem.recipe.strategy, problem.world, within))
+        if self.built_only:
+            found = [a for a in found if not waits_to_be_asked(a.strategy, problem.recipe)]
+        if problem.recipe.limits.ds_config is not None:
+            wanted = offloads(read_own(Path(problem.recipe.limits.ds_config)))
+            found = [a for a in found if a.variant == wanted]
         if problem.recipe.limits.offload_folder is None:
             found = [a for a in found if a.variant != DISK]
         if problem.recipe.limits.devices is not None:

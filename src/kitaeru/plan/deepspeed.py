@@ -14,9 +14,9 @@ from typing import Any
 from kitaeru.errors import UsageError
 from kitaeru.i18n import tr
 from kitaeru.plan.types import Layout
+from kitaeru.recipe.checks import ZERO as ZERO
 from kitaeru.recipe.types import Recipe
 
-ZERO = ("zero1", "zero2", "zero3")
 FILE = "ds_config.json"
 # Gradients on their way to the rank that owns them are collected in buffers of so many numbers.
 BUCKET_NUMBERS = 32 << 20

@@ -11,10 +11,10 @@ from kitaeru.plan.stored import Setting, trained_parameters, trains_all, weight_
 from kitaeru.plan.types import Layout
 from kitaeru.shape import ModelShape
 
-# Bytes of a trained number in RAM: AdamW on the CPU, torch's or DeepSpeed's, has a 32-bit weight, two moments and a
-# 32-bit gradient.
-MASTER_BYTES, GRADIENT_BYTES = 4, 4
-MOMENT_BYTES = {"offload": 8, "offload-all": 8, "offload-bf16": 4}
+# Bytes of a trained number in RAM: AdamW on the CPU has a 32-bit weight, two moments and a 32-bit gradient. DeepSpeed
+# has a gradient more, in which micro-batches add up, and with ZeRO-2 another weight, on its way back.
+OPTIMIZER_BYTES = {"fsdp": 12, "zero2": 16, "zero3": 12}
+GRADIENT_BYTES = {"fsdp": 4, "zero2": 8, "zero3": 8}
 # Pinned buffers through which a device's copies go, for each device.
 PINNED_BYTES = 10**9
 
@@ -36,7 +36,7 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
     >>> from kitaeru.recipe.types import LoraSection
     >>> cut = Layout("zero3", "full", "none", "bf16", "recompute", 2048, "cuda", 2, "offload", 2)
     >>> sum(host_items(cut, llama, Setting(LoraSection())).values()) // 10**9
-    120
+    147
     """
     if layout.device == "cpu":
         return {"processes": host_bytes(layout, shape, setting) * layout.devices}
@@ -52,11 +52,13 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
     if layout.strategy == "fsdp" and layout.variant and not trains_all(layout) and layout.variant != "grad":
         items["weights"] = weight_bytes(layout, shape)[0]
         items["pinned"] = PINNED_BYTES * layout.devices
-    elif layout.variant in MOMENT_BYTES:
+    elif layout.variant.startswith("offload"):
         trained = trained_parameters(layout, shape, setting.lora)
-        items["optimizer"] = (MASTER_BYTES + MOMENT_BYTES[layout.variant]) * trained
-        items["gradients"] = GRADIENT_BYTES * trained
+        items["optimizer"] = OPTIMIZER_BYTES[layout.strategy] * trained
+        items["gradients"] = GRADIENT_BYTES[layout.strategy] * trained
         items["pinned"] = PINNED_BYTES * layout.devices
         if layout.variant == "offload-all":
-            items["weights"] = 2 * shape.parameters()
+            items["weights"] = 4 * shape.parameters()
+    if layout.strategy == "zero3":  # each process has the whole model in RAM before its optimizer is made
+        items["loading"] += max(0, layout.devices * sum(weight_bytes(layout, shape)) - sum(items.values()))
     return {name: size for name, size in items.items() if size}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware
 from kitaeru.plan.choose import Pricing, choose
-from kitaeru.plan.layouts import ways
+from kitaeru.plan.layouts import waits_to_be_asked, ways
 from kitaeru.plan.problem import state
 from kitaeru.plan.types import Candidate
 from kitaeru.recipe.read import read
@@ -62,8 +62,9 @@ def _best(recipe: Recipe, hardware: Hardware, shape: ModelShape) -> Candidate | 
         return pricing.finished([choose(usable)])[0]
     pricing = Pricing(state(recipe, hardware, shape, None))
     try:
-        usable = [candidate for candidate in pricing.price() if candidate.fits]
+        found = pricing.price()
     except PlanError:
         return None
+    usable = [c for c in found if c.fits and not waits_to_be_asked(c.layout.strategy, recipe)]
     fastest = min(usable, key=lambda candidate: candidate.speed.step_seconds if candidate.speed else 0.0, default=None)
     return None if fastest is None else pricing.finished([fastest])[0]

@@ -15,21 +15,21 @@ from kitaeru.plan import fused
 from kitaeru.plan.deepspeed import ZERO as ZERO
 from kitaeru.plan.stored import packs_experts
 from kitaeru.plan.types import Activations, Arithmetic, Base, Layout, MethodKind, Precision
-from kitaeru.recipe.checks import STRATEGIES_BUILT
 from kitaeru.recipe.types import LoraSection, Recipe
 from kitaeru.shape import ModelShape
 
 # The variant of `single` whose frozen layers come from `limits.offload_folder`, one at a time.
 DISK = "disk"
-# Variants the engine can run of a strategy that `recipe.checks.STRATEGIES_BUILT` names; the planner shows the others
-# and never chooses them.
+# Variants of a strategy that the engine can run; the planner shows the others and never chooses them.
 VARIANTS_BUILT: dict[str, tuple[str, ...]] = {
     "single": ("", DISK),
     "pipeline": ("1f1b", "interleaved", "gpipe"),
     "fsdp": ("", "grad", "offload"),
+    "zero2": ("", "offload"),
+    "zero3": ("", "offload", "offload-all"),
 }
 # Bases with which a built strategy is known to train exactly; a strategy that is not named takes all.
-BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none", "nf4"), "tensor": ("none",)}
+BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none", "nf4"), "tensor": ("none",), "zero3": ("none",)}
 SHARDED = ("fsdp", "zero3")
 # Strategies that are known to train exactly with a mixture's experts in few bits.
 EXPERTS_WHOLE = ("single", "ddp", "pipeline", "model_parallel")
@@ -54,10 +54,15 @@ Rule = Callable[[Case], str | None]
 
 def is_built(layout: Layout) -> bool:
     """Whether the engine can run this way today."""
-    if layout.strategy not in STRATEGIES_BUILT or layout.activations == "offload":
+    if layout.activations == "offload":
         return False
     variants = VARIANTS_BUILT.get(layout.strategy, ("",))
     return layout.variant in variants and layout.base in BASES_BUILT.get(layout.strategy, (layout.base,))
+
+
+def waits_to_be_asked(strategy: str, recipe: Recipe) -> bool:
+    """Whether a strategy is only taken when a recipe names it: DeepSpeed is an extra."""
+    return strategy in ZERO and recipe.strategy != strategy
 
 
 def comes_in_parts(layout: Layout, lora: LoraSection) -> bool:
@@ -245,7 +250,7 @@ def _optimizer_sees_whole_weights(case: Case) -> str | None:
 
 def _pieces_have_no_loss_scale(case: Case) -> str | None:
     layout = case.layout
-    pieces = layout.strategy in ("pipeline", "tensor") or (
+    pieces = layout.strategy in ("pipeline", "tensor", *ZERO) or (
         layout.strategy == "fsdp" and layout.method not in ("lora", "qlora")
     )
     if not pieces or layout.precision != "fp16":
@@ -325,10 +330,30 @@ def _eight_bits_need_units(case: Case) -> str | None:
     return tr("{device} cannot compute so (it needs compute capability {least}).", device=device.name, least=least)
 
 
-def _zero_needs_a_gpu(case: Case) -> str | None:
-    if case.layout.strategy not in ZERO or case.layout.device == "cuda":
+def _zero3_cuts_numbers(case: Case) -> str | None:
+    layout = case.layout
+    if layout.strategy != "zero3" or layout.method not in ("lora", "qlora"):
         return None
-    return tr("DeepSpeed's ZeRO needs GPUs.")
+    if layout.base != "none":
+        return tr("DeepSpeed's ZeRO-3 cuts weights up as numbers, and packed ones are bytes; ZeRO-2 leaves them whole.")
+    if case.recipe.lora.dora:
+        return tr("DoRA reads weights outside of their layers, where ZeRO-3 has not put them together.")
+    return None
+
+
+def _zero_changes_every_weight(case: Case) -> str | None:
+    if case.layout.strategy not in ZERO or case.shape is None or not case.shape.experts:
+        return None
+    return tr(
+        "DeepSpeed updates an expert that has seen no token as if its gradient were nought; others leave it alone."
+    )
+
+
+def _zero_offloads_from_a_gpu(case: Case) -> str | None:
+    layout = case.layout
+    if layout.strategy not in ZERO or not layout.variant or layout.device == "cuda":
+        return None
+    return tr("On a CPU everything is in RAM already.")
 
 
 RULES: tuple[Rule, ...] = (
@@ -359,7 +384,9 @@ RULES: tuple[Rule, ...] = (
     _disk_keeps_frozen_layers,
     _fused_layers_are_known,
     _eight_bits_need_units,
-    _zero_needs_a_gpu,
+    _zero3_cuts_numbers,
+    _zero_changes_every_weight,
+    _zero_offloads_from_a_gpu,
 )
 
 
@@ -393,7 +420,7 @@ class Arrangement:
         return self.strategy not in ("pipeline", "model_parallel", "tensor")
 
 
-_OFFLOADS = {"zero1": ("",), "zero2": ("", "offload"), "zero3": ("", "offload", "offload-bf16", "offload-all")}
+_OFFLOADS = {"zero1": ("",), "zero2": ("", "offload"), "zero3": ("", "offload", "offload-all")}
 
 
 def arrangements(wish: str, count: int, group: int | None = None) -> Iterator[Arrangement]:

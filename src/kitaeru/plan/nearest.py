@@ -8,10 +8,10 @@ from typing import Any
 from kitaeru.errors import PlanError
 from kitaeru.i18n import tr
 from kitaeru.plan.decide import fill
+from kitaeru.plan.layouts import waits_to_be_asked
 from kitaeru.plan.problem import GB, Problem, free_bytes, needed_bytes
 from kitaeru.plan.stored import weight_bytes
 from kitaeru.plan.types import Candidate, Decision, Layout
-from kitaeru.recipe.checks import STRATEGIES_BUILT
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape, catalogue
 
@@ -54,7 +54,14 @@ def no_layout(problem: Problem, candidates: Sequence[Candidate], price: Pricer) 
     waiting = [candidate for candidate in candidates if candidate.fits]
     if waiting:
         best = min(waiting, key=lambda c: c.speed.step_seconds if c.speed else 0.0)
-        sentence = tr("{name} would fit, but is not built yet.", name=best.layout.name)
+        if waits_to_be_asked(best.layout.strategy, problem.recipe):
+            sentence = tr(
+                "{name} would fit, with DeepSpeed: --set strategy={strategy}",
+                name=best.layout.name,
+                strategy=best.layout.strategy,
+            )
+        else:
+            sentence = tr("{name} would fit, but is not built yet.", name=best.layout.name)
         return PlanError(what, remedy=f"{sentence} {remedy}" if remedy else sentence)
     return PlanError(what, remedy=remedy or _hopeless(problem))
 
@@ -62,11 +69,8 @@ def no_layout(problem: Problem, candidates: Sequence[Candidate], price: Pricer) 
 def not_built(candidates: Sequence[Candidate]) -> PlanError:
     """The error for a recipe that wants a strategy the engine cannot run."""
     layout = candidates[0].layout
-    if layout.strategy in STRATEGIES_BUILT:
-        what = tr("This version of kitaeru cannot train {method} with `strategy: {strategy}` yet.",
-                  method=layout.method, strategy=layout.strategy)  # fmt: skip
-    else:
-        what = tr("This version of kitaeru cannot train with `strategy: {strategy}` yet.", strategy=layout.strategy)
+    what = tr("This version of kitaeru cannot train {method} with `strategy: {strategy}` yet.",
+              method=layout.method, strategy=layout.strategy)  # fmt: skip
     return PlanError(what, remedy=tr("Leave `strategy` out."))
 
 

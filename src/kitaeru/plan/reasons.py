@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kitaeru.i18n import tr
 from kitaeru.plan.decide import decide_seq_len
-from kitaeru.plan.layouts import illegal
+from kitaeru.plan.layouts import illegal, waits_to_be_asked
 from kitaeru.plan.memory import memory_items
 from kitaeru.plan.problem import GB, Problem, free_bytes, global_tokens, needed_bytes, setting_of
 from kitaeru.plan.stored import compute_bytes, packs_experts, trained_parameters, trains_all
@@ -156,7 +156,7 @@ def why_chosen(problem: Problem, chosen: Candidate, link: str = "", faster: Cand
         *_arithmetic_sentences(layout),
         *_sharing_sentences(problem, chosen, link),
     ]
-    if faster is not None and faster.layout.method != layout.method:
+    if faster is not None and faster.layout.method != layout.method and faster.layout.base == "nf4":
         sentences.append(
             tr(
                 "{name} would be {times:.1f} times as fast, on a less exact 4-bit base: --set method={method}",
@@ -240,6 +240,11 @@ def why_lost(problem: Problem, rival: Candidate, chosen: Candidate | None) -> st
         return _why_not_fit(problem, rival)
     if not rival.built:
         return tr("Fits, but is not built yet.")
+    if waits_to_be_asked(rival.layout.strategy, problem.recipe):
+        return tr(
+            "Fits too; it needs DeepSpeed, so it is taken when asked for: --set strategy={name}",
+            name=rival.layout.strategy,
+        )
     if chosen is None:
         return ""
     if rival.layout.method != chosen.layout.method or rival.layout.base != chosen.layout.base:

@@ -12,8 +12,7 @@ from kitaeru.i18n import tr
 from kitaeru.recipe.fields import leaves, value_at
 from kitaeru.recipe.types import Recipe
 
-# What `strategy` can be today; the others are planned and refused until they are here.
-STRATEGIES_BUILT = ("auto", "single", "ddp", "fsdp", "pipeline", "model_parallel")
+ZERO = ("zero1", "zero2", "zero3")
 _BITS = {"nf4": 4, "int8": 8}
 
 
@@ -176,16 +175,6 @@ def wsd_fits(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
         )
 
 
-def strategy_is_built(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
-    """Say early what this version cannot do yet."""
-    if recipe.strategy not in STRATEGIES_BUILT:
-        yield Clash(
-            ("strategy",),
-            tr("this version of kitaeru cannot train with `strategy: {strategy}` yet", strategy=recipe.strategy),
-            tr("These work: {strategies}.", strategies=", ".join(STRATEGIES_BUILT)),
-        )
-
-
 def split_needs_a_splitting_strategy(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
     """A model is split over devices by some strategies only."""
     splits = recipe.strategy in ("auto", "pipeline", "model_parallel", "tensor", "fsdp")
@@ -207,8 +196,18 @@ def fsdp_cuts_no_int8(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
         )
 
 
+def ds_config_is_deepspeeds(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
+    """DeepSpeed's configuration does nothing without DeepSpeed."""
+    if recipe.limits.ds_config is not None and recipe.strategy not in ZERO:
+        yield Clash(
+            ("limits.ds_config", "strategy"),
+            tr("`ds_config` is for DeepSpeed (zero1, zero2, zero3), not for {strategy}", strategy=recipe.strategy),
+            tr("Write `strategy: zero2`, or leave `ds_config` out."),
+        )
+
+
 RULES: tuple[Rule, ...] = (
-    strategy_is_built,
+    ds_config_is_deepspeeds,
     split_needs_a_splitting_strategy,
     fsdp_cuts_no_int8,
     qlora_needs_nf4,

@@ -145,6 +145,7 @@ def _bounds(info: FieldInfo) -> Iterator[tuple[str, float]]:
 
 # Where the value made up from the type would not help.
 _EXAMPLES = {
+    "limits.ds_config": "ds_config: ds_config.json",
     "track.prometheus_port": "prometheus_port: 9400",
     "track.prometheus_address": "prometheus_address: 0.0.0.0",
     "track.device_seconds": "device_seconds: 1",

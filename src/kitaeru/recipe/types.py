@@ -312,7 +312,7 @@ class LimitsSection(Section):
             "`fsdp`). Default: the planner's choice."
         ),
     )
-    variant: Literal["grad", "offload", "offload-bf16", "offload-all", "1f1b", "interleaved", "gpipe"] | None = Field(
+    variant: Literal["grad", "offload", "offload-all", "1f1b", "interleaved", "gpipe"] | None = Field(
         None, description=N_("One variant of a strategy, as `kitaeru plan` names it: `offload` of `fsdp-offload`.")
     )
     max_restarts: int = Field(

@@ -105,12 +105,6 @@ def test_the_reports_own_lines(tmp_path: Path) -> None:
     assert FullFinetuningTrainer("bundled", TrainingConfig(fp16=True)).recipe(ROWS).train.precision == "fp16"
 
 
-@pytest.mark.parametrize("strategy", ["tensor_parallel", "zero1"])
-def test_a_strategy_that_is_not_built_is_refused_as_in_a_recipe(strategy: Any, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="cannot train with"):
-        advanced(strategy=strategy, devices=2).train(ROWS)
-
-
 def test_a_model_says_where_and_how(tmp_path: Path) -> None:
     model = JapaneseModel(
         "bundled", "cpu", torch_dtype="bfloat16", use_flash_attention=False, gradient_checkpointing=True,

@@ -89,7 +89,7 @@ def test_json_is_what_the_design_says(capsys: pytest.CaptureFixture[str]) -> Non
 PAGES = [
     [ELYZA, *PAIR],
     ["mistralai/Mixtral-8x7B-v0.1", *PAIR],
-    ["meta-llama/Llama-2-7b-hf", *PAIR, "--set", "method=full"],
+    ["meta-llama/Llama-2-7b-hf", *PAIR[:3], "256GB", "--set", "method=full"],
     [ELYZA, "--gpus", "8x H100, nvlink", "--ram", "1TB"],
     [ELYZA, *PAIR, "--explain", "pipeline-1f1b"],
     [ELYZA, *PAIR, "--explain", "zero3"],
@@ -148,9 +148,9 @@ def test_what_if(capsys: pytest.CaptureFixture[str]) -> None:
     assert "What if: add 1 GPU" in out
     longer = plan(capsys, ELYZA, *PAIR, "--what-if", "seq-len=8192")
     assert all(c["micro_batch_tokens"] >= 8192 for c in longer["candidates"])
-    roomy = plan(capsys, ELYZA, *PAIR, "--set", "method=full", "--what-if", "ram=256GB")
-    fits = {c["name"].split("/")[0] for c in roomy["candidates"] if c["fits"]}
-    assert "zero3-offload" in fits
+    smaller = ("meta-llama/Llama-2-7b-hf", *PAIR[:3], "192GB", "--set", "method=full")
+    roomy = plan(capsys, *smaller, "--what-if", "ram=256GB")
+    assert "zero3-offload-all" in {c["name"].split("/")[0] for c in roomy["candidates"] if c["fits"]}
     assert "not a change" in printed(capsys, "plan", ELYZA, *PAIR, "--what-if", "luck", code=2)
 
 

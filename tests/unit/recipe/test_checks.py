@@ -13,7 +13,7 @@ BASE = ["model=bundled", "data.train=a.jsonl"]
 
 # rule, the clashing values, and a change after which the recipe is right
 CASES = [
-    ("strategy_is_built", ["strategy=tensor"], "strategy=single"),
+    ("ds_config_is_deepspeeds", ["limits.ds_config=own.json"], "strategy=zero2"),
     ("split_needs_a_splitting_strategy", ["strategy=ddp", "limits.split_over=2"], "limits.split_over="),
     ("fsdp_cuts_no_int8", ["strategy=fsdp", "model.quantize=int8"], "model.quantize=nf4"),
     ("qlora_needs_nf4", ["method=qlora", "model.quantize=int8"], "method=lora"),

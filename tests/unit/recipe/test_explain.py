@@ -34,6 +34,8 @@ def test_every_example_is_a_valid_recipe(spec: FieldSpec) -> None:
     values = {"model": "bundled", "data.train": "a.jsonl"}
     if spec.name == "early_stop":
         values["data.valid"] = "b.jsonl"
+    if spec.name == "ds_config":
+        values["strategy"] = "zero2"
     at = {f"{section}.{name}" if section else name: value for name, value in line.items()}
     if spec.path == "strategy":
         at = {"strategy": "single"}

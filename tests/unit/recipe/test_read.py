@@ -186,7 +186,7 @@ train:
   max_steps: 3
 lora: {r: 8}
 method: full
-strategy: tensor
+strategy: tensors
 """
     found = problems(tmp_path, text, overrides=["limits.threads=x"])
     assert [(p.line, p.path) for p in found] == [
