@@ -52,7 +52,7 @@ class Starter:
         self.process.stdin.flush()
         return self.answer()
 
-    def start(self, *argv: str | Path, cwd: Path, file_bytes: int | None = None) -> Started:
+    def start(self, *argv: str | Path, cwd: Path, file_bytes: int | None = None, host: str | None = None) -> Started:
         output = cwd / "said.txt"
         output.unlink(missing_ok=True)
         request = {
@@ -60,6 +60,7 @@ class Starter:
             "cwd": str(cwd),
             "output": str(output),
             "file_bytes": file_bytes,
+            "host": host,
         }
         return Started(self, self.ask(request), output)
 
@@ -89,8 +90,9 @@ class Folder:
             self.training.put(self.recipe, path.replace("__", "."), value)
         (self.path / "recipe.yaml").write_text(json.dumps(self.recipe))  # JSON is YAML
 
-    def start(self, *more: str, file_bytes: int | None = None) -> Started:
-        return self.starter.start("train", "recipe.yaml", "--plain", *more, cwd=self.path, file_bytes=file_bytes)
+    def start(self, *more: str, file_bytes: int | None = None, host: str | None = None) -> Started:
+        words = ("train", "recipe.yaml", "--plain", *more)
+        return self.starter.start(*words, cwd=self.path, file_bytes=file_bytes, host=host)
 
     def train(self, *more: str, code: int = 0, file_bytes: int | None = None) -> str:
         started = self.start(*more, file_bytes=file_bytes)
