@@ -16,8 +16,9 @@ CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
 
 def enter(host):
     libc = ctypes.CDLL(None, use_errno=True)
-    with open(f"/run/netns/{host}") as namespace:
-        assert libc.setns(namespace.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+    namespace = os.open(f"/run/netns/{host}", os.O_RDONLY)
+    assert libc.setns(namespace, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
+    os.close(namespace)
     assert libc.unshare(CLONE_NEWUTS) == 0, os.strerror(ctypes.get_errno())
     assert libc.sethostname(host.encode(), len(host)) == 0, os.strerror(ctypes.get_errno())
     os.environ["KITAERU_CACHE"] += f"-{host}"

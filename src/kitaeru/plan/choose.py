@@ -179,6 +179,9 @@ class Pricing:
         group, hosts = problem.recipe.limits.split_over, problem.hardware.hosts
         within = group if group is not None else problem.world // hosts if hosts > 1 else None
         found = list(arrangements(problem.recipe.strategy, problem.world, within))
+        if hosts > 1:
+            found = [a for a in found if a.strategy != "model_parallel"]
+            self.impossible.setdefault("model_parallel", tr("One process cannot split its layers over several hosts."))
         if self.built_only:
             found = [a for a in found if not waits_to_be_asked(a.strategy, problem.recipe)]
         if problem.recipe.limits.ds_config is not None:
