@@ -156,20 +156,23 @@ def make_room(model: nn.Module, bits: Bits) -> int:
     """Put empty packed experts in the place of those that are recognised. Returns how many modules."""
     found = 0
     for path, module in list(model.named_modules()):
-        activation = _recognised(module)
+        activation = recognised(module)
         if activation is None:
             continue
         gate_up: Any = module.gate_up_proj
         count, double, h = gate_up.shape
         with gate_up.device:
             packed = PackedExperts(count, (double // 2, h), activation, bits, gate_up.dtype)
+        if gate_up.is_meta:  # what is read into it comes in these numbers
+            for own in STACKS:
+                setattr(packed, own, getattr(module, own).requires_grad_(False))
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, packed)
         found += 1
     return found
 
 
-def _recognised(module: Any) -> Activation | None:
+def recognised(module: Any) -> Activation | None:
     """The activation, if this is a module of gated experts without biases that can be packed."""
     weights = dict(module.named_parameters(recurse=False))
     if set(weights) != set(STACKS) or any(weight.dim() != 3 for weight in weights.values()):

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kitaeru.errors import ModelError
 from kitaeru.files import write_json
 from kitaeru.i18n import tr
+from kitaeru.model.experts import PackedExperts, make_room, pack, recognised
 from kitaeru.model.layers import layers_of
 from kitaeru.model.load import DTYPES, attention_for, keep_trainable_packing, load_config, model_source, not_loaded
 from kitaeru.plan.types import Base, Precision
@@ -62,7 +63,8 @@ def load_streamed(
             ),
             remedy=tr("Leave `limits.offload_folder` out."),
         )
-    store = folder / _key(section, base, precision)
+    packs = base == "nf4" and any(recognised(module) for module in outline.modules())
+    store = folder / _key(section, base, precision, packs)
     try:
         store.mkdir(parents=True, exist_ok=True)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -140,12 +142,12 @@ def _places(outline: nn.Module, layers: set[str], device: str) -> dict[str, Any]
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
-def _key(section: ModelSection, base: Base, precision: Precision) -> str:
+def _key(section: ModelSection, base: Base, precision: Precision, packs: bool) -> str:
     """A folder for each model and way to store it."""
     source = Path(model_source(section))
     # A local model may be written anew under the same name.
     stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(source.glob("*.safetensors"))]
-    told = json.dumps([str(source), section.revision, base, precision, stamps])
+    told = json.dumps([str(source), section.revision, base, precision, stamps, *(["packed experts"] if packs else [])])
     name = section.name.rstrip("/").rpartition("/")[2]
     return f"{name}-{base}-{precision}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
@@ -161,7 +163,10 @@ def _write(layers: list[nn.Module], store: Path, base: Base, precision: Precisio
         for name, owner, own in _weights(layer):
             with align_module_device(owner, torch.device("cpu")):
                 tensor = getattr(owner, own).detach().to(DTYPES[precision], copy=True)
-            if base == "nf4" and own == "weight" and isinstance(owner, nn.Linear):
+            if base == "nf4" and recognised(owner) is not None:
+                parts = pack(tensor.to(device), "nf4")
+                tensors |= {f"{name}_{part}" if part else name: packed.cpu() for part, packed in parts.items()}
+            elif base == "nf4" and own == "weight" and isinstance(owner, nn.Linear):
                 packed, state = bnb.functional.quantize_4bit(
                     tensor.to(device), blocksize=64, compress_statistics=True, quant_type="nf4"
                 )
@@ -174,14 +179,18 @@ def _write(layers: list[nn.Module], store: Path, base: Base, precision: Precisio
 
 
 def _weights(layer: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Each weight: its name in the layer, the module that owns it, and its name there."""
+    """Each weight: its name in the layer, the module that owns it, and its name there; packed experts' scales too."""
     for path, module in layer.named_modules():
-        for own, _ in module.named_parameters(recurse=False):
+        scales = module.named_buffers(recurse=False) if isinstance(module, PackedExperts) else ()
+        for own, _ in (*module.named_parameters(recurse=False), *scales):
             yield f"{path}.{own}" if path else own, module, own
 
 
 def make_room_for_4_bits(layer: nn.Module, precision: Precision) -> None:
-    """Put bitsandbytes' linear layers in the place of torch's; their weights come from the layer's file."""
+    """Put bitsandbytes' linear layers in the place of torch's, and packed experts in that of whole ones; their weights
+    come from the layer's file.
+    """
+    make_room(layer, "nf4")
     for path, module in list(layer.named_modules()):
         if type(module) is nn.Linear:
             parent, _, name = path.rpartition(".")
@@ -209,9 +218,13 @@ class Shelf:
         self.empty = {name: self._placeholder(owner, own) for name, (owner, own) in self.owners.items()}
         self.drop()
 
-    def _placeholder(self, owner: nn.Module, own: str) -> nn.Parameter:
+    def _placeholder(self, owner: nn.Module, own: str) -> Tensor:
         before = getattr(owner, own)
         nothing = torch.empty(0, dtype=before.dtype, device=self.device)
+        if own in owner._buffers:
+            return nothing
+        if before.dim() > 1 and not isinstance(owner, nn.Linear | PackedExperts):  # PEFT adapts it by its shape
+            return nn.Parameter(nothing.new_empty(1).expand(before.shape), requires_grad=False)
         if isinstance(before, bnb.nn.Params4bit):
             raw = nothing.to(torch.uint8)
             packed: nn.Parameter = bnb.nn.Params4bit(raw, requires_grad=False, quant_type="nf4", bnb_quantized=True)
@@ -243,14 +256,23 @@ class Shelf:
                     tensor, scales[name], requires_grad=False, device=self.device, module=owner
                 )
             else:
-                owner._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+                _put(owner, own, tensor)
 
     def drop(self) -> None:
         """Let go of them. What a backward pass still needs is held by its graph."""
         for name, (owner, own) in self.owners.items():
-            owner._parameters[own] = self.empty[name]
+            _put(owner, own, self.empty[name])
             if isinstance(owner, bnb.nn.Linear4bit):
                 owner.quant_state = None
+
+
+def _put(owner: nn.Module, own: str, tensor: Tensor) -> None:
+    if own in owner._buffers:
+        owner._buffers[own] = tensor
+    else:
+        owner._parameters[own] = (
+            tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        )
 
 
 def _streamed(

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from kitaeru.data.types import MicroBatch
 from kitaeru.errors import ModelError
 from kitaeru.model.adapt import add_adapter
+from kitaeru.model.experts import PackedExperts
 from kitaeru.model.head import plain_loss
 from kitaeru.model.load import load_model
 from kitaeru.model.stream import load_streamed
@@ -26,11 +28,11 @@ def batch() -> MicroBatch:
     return MicroBatch(ids, positions, ids.roll(-1, 1), torch.tensor([0, 12, 24], dtype=torch.int32), 12)
 
 
-def step(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of an adapter with dropout on `model`."""
+def step(model: Any, dropout: float = 0.2) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of an adapter on `model`."""
     model.config.use_cache = False
     model.requires_grad_(False)
-    adapted = add_adapter(model, LoraSection(r=4, dropout=0.2), seed=0)
+    adapted = add_adapter(model, LoraSection(r=4, dropout=dropout), seed=0)
     adapted.train()
     torch.manual_seed(1)
     loss = plain_loss(model)(batch())
@@ -51,6 +53,25 @@ def test_the_same_numbers_as_in_memory(base: Base, tiny_model: Path, tmp_path: P
         held = sum(p.numel() for p in layers if not p.requires_grad)
         assert held == 0, "a layer's weights are still there after its turn"
     assert len(list(tmp_path.glob("*/layer-*.safetensors"))) == 2
+
+
+def test_packed_experts_come_from_disk_too(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_local_experts": 3}
+    config = MixtralConfig(vocab_size=1024, num_attention_heads=4, num_key_value_heads=2, sliding_window=None, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    section = ModelSection(name=str(tmp_path / "model"))
+    wanted, gradients = step(load_model(section, Layout("single", "qlora", "nf4", "fp32", "keep", 64, "cpu"), 0), 0.0)
+    for _ in range(2):  # written, and found
+        model = load_streamed(section, base="nf4", precision="fp32", device=CPU, folder=tmp_path / "layers")
+        loss, found = step(model, 0.0)
+        assert loss == pytest.approx(wanted, rel=1e-6)
+        assert any("experts" in name for name in found)
+        assert all(found[name].allclose(gradient, atol=1e-7) for name, gradient in gradients.items())
+        experts = [module for module in model.modules() if isinstance(module, PackedExperts)]
+        assert len(experts) == 2
+        assert sum(t.numel() for e in experts for t in (*e.parameters(), *e.buffers())) == 0
+    whole = 2 * 3 * 3 * 64 * 128 * 2
+    assert sum(file.stat().st_size for file in (tmp_path / "layers").glob("*/layer-*")) < 0.6 * whole
 
 
 def test_a_layer_is_there_only_for_its_turn(tiny_model: Path, tmp_path: Path) -> None:
