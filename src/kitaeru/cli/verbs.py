@@ -36,6 +36,12 @@ VERBS: tuple[Verb, ...] = (
         "kitaeru.cli.train:run",
     ),
     Verb(
+        "launch",
+        N_("Write the job file of a scheduler (Slurm, Kubernetes, SkyPilot) that trains a recipe on several hosts."),
+        'kitaeru launch --on slurm recipe.yaml --nodes 2 --gpus "2x RTX A5000" -o job.sbatch',
+        "kitaeru.cli.launch:run",
+    ),
+    Verb(
         "plan",
         N_("Show every way to train a model on a machine, ranked, with memory, speed and reasons."),
         'kitaeru plan elyza/Llama-3-ELYZA-JP-8B --gpus "2x RTX A5000"',
