@@ -6,6 +6,7 @@ Imported by name in those processes, so what they run is a function of this modu
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import sys
 import traceback
@@ -23,7 +24,8 @@ def run(place: Path, ranks: int, function: Callable[..., Any], **arguments: Any)
     """`function(world, **arguments)` on each of `ranks` processes; what each gave. A failure on any is raised here."""
     place.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["crew", "training", "kitaeru.engine.run", "torch.distributed.fsdp"])
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    context.set_forkserver_preload(["crew", "training", "kitaeru.engine.run", "torch.distributed.fsdp", "deepspeed"])
     jobs = [
         context.Process(target=_work, args=(place, rank, ranks, function, arguments), daemon=True)
         for rank in range(ranks)

@@ -32,7 +32,7 @@ from kitaeru.engine.result import write_result
 from kitaeru.engine.samples import Question, questions
 from kitaeru.errors import Interrupted, KitaeruError, SteppedDownError, TrainingError, UsageError
 from kitaeru.events import Event, EventLog, Listener, Notice, RunFinished, RunStarted, Sample
-from kitaeru.files import write_atomic
+from kitaeru.files import write_atomic, write_json
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
 from kitaeru.machine.probe import probe
@@ -40,9 +40,12 @@ from kitaeru.model.generate import Sampling, answer
 from kitaeru.model.load import config_dict, load_config
 from kitaeru.model.quiet import quiet_libraries
 from kitaeru.model.tokenizer import load_tokenizer
+from kitaeru.parallel import zero
 from kitaeru.parallel.start import hash_frozen
 from kitaeru.parallel.world import World, lost_contact
 from kitaeru.plan.choose import default_seq_len, make_plan
+from kitaeru.plan.deepspeed import FILE as DS_CONFIG
+from kitaeru.plan.layouts import ZERO
 from kitaeru.plan.types import Plan
 from kitaeru.recipe.read import read, to_yaml
 from kitaeru.recipe.types import Recipe
@@ -80,6 +83,8 @@ def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None, h
     Raises:
         KitaeruError: the subclass says what is wrong; nothing is written but the token cache and skipped rows.
     """
+    if wish.strategy in ZERO:
+        zero.need(wish.strategy)
     quiet_libraries()
     folder = run_folder(wish)
     earlier = _earlier(folder, wish, resume)
@@ -91,7 +96,8 @@ def prepare(wish: Recipe, *, resume: bool = False, phase: Phase | None = None, h
     notices: list[str] = []
     resume_from = _resume_point(folder, wish, data, notices) if resume else None
     plan = make_plan(wish, _hardware(earlier, hardware or probe()), shape, data.facts)
-    _write_down(folder, wish, plan)
+    deepspeed = zero.configuration(plan) if plan.layout.strategy in ZERO else None
+    _write_down(folder, wish, plan, deepspeed)
     if resume:
         plan = ladder.resumed(folder, plan)
     else:
@@ -150,8 +156,8 @@ def _hardware(earlier: Plan | None, now: Hardware) -> Hardware:
     return before if (before.hosts, len(before.devices)) == (now.hosts, len(now.devices)) else now
 
 
-def _write_down(folder: Path, wish: Recipe, plan: Plan) -> None:
-    """The wish and the plan in the run folder.
+def _write_down(folder: Path, wish: Recipe, plan: Plan, deepspeed: dict[str, Any] | None) -> None:
+    """The wish and the plan in the run folder, and what DeepSpeed is told.
 
     Raises:
         TrainingError: it cannot be written.
@@ -159,6 +165,8 @@ def _write_down(folder: Path, wish: Recipe, plan: Plan) -> None:
     try:
         write_atomic(folder / "recipe.yaml", to_yaml(wish.model_copy(update={"output": str(folder)})))
         plan.save(folder / "plan.json")
+        if deepspeed is not None:
+            write_json(folder / DS_CONFIG, deepspeed)
     except OSError as error:
         raise TrainingError(
             tr("The run folder cannot be written: {error}", error=error),

@@ -14,13 +14,14 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from kitaeru.errors import CheckpointError, MissingLibraryError
+from kitaeru.errors import CheckpointError, MissingLibraryError, UsageError
 from kitaeru.i18n import tr
 from kitaeru.parallel import single
 from kitaeru.parallel.fsdp import deal as deal
@@ -28,7 +29,8 @@ from kitaeru.parallel.single import squares
 from kitaeru.parallel.start import same_start
 from kitaeru.parallel.types import Held, Named, Unit, Work
 from kitaeru.parallel.world import World
-from kitaeru.plan.types import Layout
+from kitaeru.plan.deepspeed import deepspeed_config
+from kitaeru.plan.types import Layout, Plan
 
 T = TypeVar("T")
 INSTALL = "pip install 'kitaeru[deepspeed]'"
@@ -68,17 +70,49 @@ class _Engine:
         return found
 
 
+def configuration(plan: Plan) -> dict[str, Any]:
+    """The configuration of a planned run, looked at by DeepSpeed itself where a person has written some of it.
+
+    Raises:
+        UsageError: the person's file is no configuration, or says something else than the recipe.
+    """
+    config = deepspeed_config(plan.layout, plan.recipe, plan.chosen.trained_parameters)
+    own = plan.recipe.limits.ds_config
+    if own is not None:
+        library(plan.layout)
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        try:
+            DeepSpeedZeroConfig(**config["zero_optimization"])
+        except ValueError as error:
+            raise UsageError(
+                tr("DeepSpeed refuses `zero_optimization`: {error}", error=error),
+                where=own,
+                remedy=tr("Correct it, or leave `limits.ds_config` out: one is made."),
+            ) from error
+    return config
+
+
+def need(strategy: str) -> None:
+    """Say early that DeepSpeed is missing.
+
+    Raises:
+        MissingLibraryError: it is not installed.
+    """
+    if find_spec("deepspeed") is None:
+        raise MissingLibraryError("deepspeed", tr("The strategy {name}", name=strategy), INSTALL)
+
+
 def library(layout: Layout) -> Any:
     """DeepSpeed, told which kind of device to use.
 
     Raises:
         MissingLibraryError: it is not installed.
     """
+    need(layout.strategy)
     os.environ.setdefault("DS_ACCELERATOR", layout.device)
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise MissingLibraryError("deepspeed", tr("The strategy {name}", name=layout.strategy), INSTALL) from error
+    import deepspeed
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It calls what newer versions of torch have renamed, in every step.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -111,9 +145,16 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     pieces = [
         (name, nn.Parameter(flats[at.flat].detach()[at.start : at.start + at.count])) for name, at in own.pieces.items()
     ]
-    held = Held(world, unit, pieces, own, at=device)
+    held = Held(world, unit, pieces, own, at=device, elsewhere=_elsewhere(unit.model))
     held.optimizer = driven(held, optimizer, groups)
     return held
+
+
+def _elsewhere(model: nn.Module) -> tuple[int, int]:
+    """Numbers of the trained parameters and of all that the model shows as empty; small ones are whole once used."""
+    parameters: list[Any] = list(model.parameters())
+    cut = [p for p in parameters if hasattr(p, "ds_id") and not p.ds_persist]
+    return sum(p.ds_numel for p in cut if p.requires_grad), sum(p.ds_numel for p in cut)
 
 
 def _piece(
