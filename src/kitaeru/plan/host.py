@@ -43,7 +43,8 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
     processes = 1 if layout.strategy in ("single", "model_parallel") else layout.devices
     loading = host_bytes(layout, shape, setting) - GPU_PROCESS_HOST_BYTES
     if comes_in_parts(layout, setting.lora):  # each process reads a layer of its own at a time
-        loading = layout.devices * sum(layer_weight_bytes(layout, shape))
+        layer, outside = layer_weight_bytes(layout, shape)
+        loading = layout.devices * layer + outside
     elif layout.strategy == "fsdp":  # each has the whole model in RAM before it cuts its pieces out
         loading += layout.devices * sum(weight_bytes(layout, shape))
     items = {"processes": processes * GPU_PROCESS_HOST_BYTES, "loading": loading}

@@ -60,6 +60,7 @@ class Pace:
     devices: tuple[Rates, ...]
     link: LinkRates
     within: LinkRates
+    hosts: int = 1
 
     @property
     def source(self) -> str:
@@ -81,7 +82,7 @@ def pace(
     if pieces:
         together = replace(hardware, hosts=1) if pieces <= layout.devices // hardware.hosts else hardware
         within = link_rates(together, pieces, case, profile)
-    return Pace(rates, link, within)
+    return Pace(rates, link, within, hardware.hosts)
 
 
 @dataclass(frozen=True)
@@ -307,7 +308,9 @@ def _end_of_step(
         return ending, {"communication": gather + _hidden(reduced, 0.5 * micro)}
     if layout.shards:  # each piece of the gradients is added up over the copies, behind the last backward pass
         copies = replace(layout, devices=layout.devices // layout.shards)
-        return ending, {"communication": _hidden(_all_reduce(copies, at, 4 * trained / layout.shards), 0.5 * micro)}
+        at_once = layout.shards if at.hosts > 1 else 1  # all pieces go through a host's one network
+        added = _all_reduce(copies, at, 4 * trained / layout.shards * at_once)
+        return ending, {"communication": _hidden(added, 0.5 * micro)}
     return ending, {}
 
 

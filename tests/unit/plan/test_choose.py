@@ -231,3 +231,16 @@ def test_a_mixture_says_what_is_not_packed() -> None:
     assert "38.2 GB of them stay in 16 bits" in " ".join(made.chosen.why)
     for model in ("mistralai/Mixtral-8x7B-v0.1", ELYZA):
         assert "stay in 16 bits" not in " ".join(plan(model, gpus, method="qlora").chosen.why)
+
+
+def test_fsdp_is_pinned_by_variant_and_split() -> None:
+    four = parse_gpus("4x RTX 3090", "256GB")
+    pinned = {"strategy": "fsdp", "method": "qlora"}
+    assert plan(on=four, **pinned, limits={"split_over": 2}).layout.way == "fsdp-2x2"
+    made = plan(on=four, **pinned, limits={"variant": "offload"})
+    assert made.layout.way == "fsdp-offload"
+    assert any("lies in RAM" in sentence for sentence in made.chosen.why)
+    with pytest.raises(PlanError, match="groups of 3"):
+        plan(on=four, **pinned, limits={"split_over": 3})
+    with pytest.raises(PlanError, match="gpipe"):
+        plan(on=four, **pinned, limits={"variant": "gpipe"})

@@ -55,6 +55,33 @@ def test_fsdp_divides_the_base_and_leaves_the_adapter() -> None:
     assert gathered_bytes(layout("fsdp", 2, variant="grad"), LLAMA) == pytest.approx(2 * LLAMA.parameters(), rel=0.01)
 
 
+def test_fsdp_in_copies_in_ram_and_in_4_bits() -> None:
+    full = {"method": "full"}
+    copies = rank_items(layout("fsdp", 8, shards=2, **full), LLAMA, SETTING, 0, 8)
+    assert copies["weights"] == -(-4 * LLAMA.parameters() // 2)
+    assert copies["optimizer"] == -(-8 * LLAMA.parameters() // 2)
+    away = layout("fsdp", 2, variant="offload", **full)
+    here = rank_items(away, LLAMA, SETTING, 0, 8)
+    assert not {"weights", "optimizer", "gradients"} & here.keys()
+    assert here["gathered"] == gathered_bytes(layout("fsdp", 2, **full), LLAMA)
+    host = host_items(away, LLAMA, SETTING)
+    assert host["optimizer"] + host["gradients"] == 16 * LLAMA.parameters()  # weight, two moments, gradient
+    frozen = layout("fsdp", 2, variant="offload")
+    assert host_items(frozen, LLAMA, SETTING)["weights"] == 2 * LLAMA.parameters()
+    assert rank_items(frozen, LLAMA, SETTING, 0, 8)["optimizer"] > 0  # the adapter's stays
+    packed = rank_items(layout("fsdp", 2, method="qlora", base="nf4"), LLAMA, SETTING, 0, 8)
+    weights, constants = weight_bytes(layout(method="qlora", base="nf4"), LLAMA)
+    assert (packed["weights"], packed["quantization"]) == (-(-weights // 2), constants)
+
+
+def test_fsdp_loads_a_layer_at_a_time() -> None:
+    """Unless something needs whole weights: then every process has the model in RAM."""
+    made = layout("fsdp", 8, method="full")
+    assert host_items(made, LLAMA, SETTING)["loading"] < 0.15 * 8 * 4 * LLAMA.parameters()
+    whole = host_items(replace(made, method="pretrain"), LLAMA, SETTING)["loading"]
+    assert whole > 8 * 4 * LLAMA.parameters()
+
+
 def test_zero_divides_more_with_each_stage() -> None:
     made = [layout(name, 4, method="full") for name in ("zero1", "zero2", "zero3")]
     peaks = [peak(each) for each in made]

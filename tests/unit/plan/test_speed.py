@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kitaeru.errors import PlanError
-from kitaeru.hardware import Hardware, parse_gpus
+from kitaeru.hardware import Hardware, parse_gpus, united
 from kitaeru.plan.calibrate import DeviceProfile, Profile, own_profile
 from kitaeru.plan.rates import device_rates, link_rates
 from kitaeru.plan.speed import PARTS, Load, cuts_for, pace, speed_of
@@ -154,3 +154,26 @@ def test_a_small_cpu() -> None:
     found = speed(layout(tokens=2048, method="full", base="none", device="cpu"), 16384, two, TINY)
     assert found.low < 2600 < 3200 < found.high
     assert found.tokens_per_second == pytest.approx(2900, rel=0.4)
+
+
+def test_copies_within_a_host_spare_the_network() -> None:
+    """Two hosts of four H100: gathers of every micro-batch stay inside, gradients cross once a step."""
+    hosts = united([parse_gpus("4x H100, nvlink")] * 2)
+    full = {"method": "full", "base": "none", "devices": 8, "on": hosts, "tokens": 1 << 19}
+    across, inside = (speed_with(shards=shards, **full) for shards in (0, 4))
+    assert inside.tokens_per_second > 2 * across.tokens_per_second
+    alone = speed_with(shards=4, **{**full, "on": parse_gpus("8x H100, nvlink")})
+    assert alone.tokens_per_second > inside.tokens_per_second
+
+
+def speed_with(*, on: Hardware, tokens: int, devices: int, shards: int, **values: Any) -> Speed:
+    return speed(layout("fsdp", 2048, devices, shards=shards, **values), tokens, on)
+
+
+def test_weights_in_ram_are_waited_for() -> None:
+    for method, base in (("full", "none"), ("qlora", "nf4")):
+        here, away = (
+            speed(layout("fsdp", 2048, 2, variant=variant, method=method, base=base)) for variant in ("", "offload")
+        )
+        assert away.tokens_per_second < here.tokens_per_second
+        assert ("offload" in away.parts) == (method == "full")  # an adapter's optimizer stays on the device
