@@ -8,18 +8,27 @@ arrival), and `Parts.put` puts what was read, here or by another process, in its
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kitaeru.errors import ModelError
 from kitaeru.i18n import tr
 from kitaeru.model.layers import layers_of
-from kitaeru.model.load import DTYPES, attention_for, keep_trainable_packing, load_config, load_model, not_loaded
+from kitaeru.model.load import (
+    DTYPES,
+    attention_for,
+    keep_trainable_packing,
+    load_config,
+    load_model,
+    model_source,
+    not_loaded,
+)
 from kitaeru.model.stages import Share, anatomy_of
 from kitaeru.model.stream import SCALES, make_room_for_4_bits
 from kitaeru.plan.layouts import comes_in_parts
@@ -116,6 +125,8 @@ def outline(
                 trust_remote_code=section.trust_remote_code,
             )
         model.tie_weights()
+        with suppress(OSError):  # not every model has one
+            model.generation_config = GenerationConfig.from_pretrained(model_source(section), revision=section.revision)
     except ModelError:
         raise
     except Exception as error:
