@@ -1,4 +1,4 @@
-"""Equal loss: the bundled model trained with its frozen products in 8 bits, and plainly, on the same Japanese data.
+"""Equal loss: a small real model trained with its frozen products in 8 bits, and plainly, on the same Japanese data.
 
     python benchmarks/equal_loss.py --data ja-instruct/train.jsonl --valid ja-instruct/valid.jsonl \
         --out benchmarks/results/equal-loss-h100.csv
@@ -40,8 +40,8 @@ def command(arithmetic: str, seed: int, run: Path, arguments: argparse.Namespace
         "samples.count": 0,
         "track.tensorboard": "false",
     }
-    words = [sys.executable, "-m", "kitaeru", "train", "bundled", "--data", str(arguments.data), "--method", "qlora"]
-    words += ["--plain", "--output", str(run)]
+    words = [sys.executable, "-m", "kitaeru", "train", arguments.model, "--data", str(arguments.data)]
+    words += ["--method", "qlora", "--plain", "--output", str(run)]
     return words + [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
@@ -86,6 +86,7 @@ def verdict(rows: list[dict[str, object]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="bundled")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--valid", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/equal-loss"))

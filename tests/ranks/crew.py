@@ -104,7 +104,7 @@ def train(
         "weights": {n: trainee.strategy.gather(trainee.held, n, p).clone() for n, p in trainee.named},
         "numbers": sum(p.numel() for _, p in trainee.named),
         "frozen": hash_frozen(trainee.model) == trainee.frozen_hash,
-        "fused": trainee.fused,
+        "fused": bool(trainee.fused),
         "notices": [notice.text for notice in run.notices],
         "result": str(write_result(trainee, folder)) if write else "",
     }

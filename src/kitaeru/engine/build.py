@@ -66,7 +66,7 @@ class Trainee:
     draws: Draws = field(default_factory=Draws)
     parts: Parts | None = None
     frozen_hash: int = 0
-    fused: bool = False
+    fused: tuple[fusing.FusedLayer, ...] = ()
     stored_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -245,8 +245,8 @@ def fuse_layers(trainee: Trainee) -> None:
             recompute=layout.activations == "recompute",
             probe=lambda: getattr(model, model.base_model_prefix)(**forward_arguments(batch)),
         )
-    trainee.fused = done.why_not is None
-    wide = done.layers.get("16bit", 0)
+    trainee.fused = done.layers
+    wide = sum(layer.qkv.arithmetic == "16bit" for layer in done.layers)
     if done.why_not is not None:
         why = tr("The layers run by the model's own code, slower than planned: {why}.", why=done.why_not)
         trainee.say(why, "warning")

@@ -283,25 +283,30 @@ class Loop(Kept):
         )
         return best
 
-    @torch.no_grad()
     def evaluate(self, corpus: Corpus) -> tuple[float, int]:
         """Mean loss in nats over the trained tokens of `corpus`, and their number."""
-        trainee = self.trainee
-        trainee.model.eval()
         while True:
             batches = eval_batches(
                 corpus,
-                micro_batch_tokens=trainee.plan.layout.micro_batch_tokens,
-                packing=trainee.plan.recipe.data.packing,
+                micro_batch_tokens=self.trainee.plan.layout.micro_batch_tokens,
+                packing=self.trainee.plan.recipe.data.packing,
                 max_examples=self.section.eval_max_examples,
             )
-            work = self._work(batches, lambda _: self.world.pulse.working(self.progress.step), lambda loss: loss)
-            sums = self._passes(lambda work=work: trainee.strategy.losses(trainee.held, work))  # type: ignore[misc]
-            self.world.pulse.waiting()
-            losses = self._together(sums, len(batches))
-            if losses is not None:
-                return float(losses.sum()) / batches.trained_tokens, batches.trained_tokens
+            loss = self.mean_loss(batches)
+            if loss is not None:
+                return loss, batches.trained_tokens
             self.ladder.down(self.progress.step)
+
+    @torch.no_grad()
+    def mean_loss(self, batches: MicroBatches) -> float | None:
+        """Mean loss in nats over the trained tokens of micro-batches; None when memory ran out."""
+        trainee = self.trainee
+        trainee.model.eval()
+        work = self._work(batches, lambda _: self.world.pulse.working(self.progress.step), lambda loss: loss)
+        sums = self._passes(lambda: trainee.strategy.losses(trainee.held, work))
+        self.world.pulse.waiting()
+        losses = self._together(sums, len(batches))
+        return None if losses is None else float(losses.sum()) / batches.trained_tokens
 
     def _given_up(self) -> bool:
         """Whether early stop has had enough; asked before a step too, for a run that is resumed there."""

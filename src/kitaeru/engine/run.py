@@ -25,6 +25,7 @@ from kitaeru.data.prepare import Prepared
 from kitaeru.data.prepare import prepare as prepare_data
 from kitaeru.engine import checkpoint, ladder
 from kitaeru.engine.build import Trainee, build
+from kitaeru.engine.eight_bits import settle_eight_bits
 from kitaeru.engine.loop import Loop
 from kitaeru.engine.observe import looking, mfu_of_rate, observed
 from kitaeru.engine.preflight import preflight
@@ -311,6 +312,7 @@ def _ready(run: Run, emit: Listener, phase: Phase | None, world: World) -> tuple
     loop = Loop(trainee, run.data.train, run.data.valid, run.folder, fingerprints(run.wish, run.data))
     if phase is not None:
         phase(tr("Trying the largest micro-batch"), 0, 0)
+    settle_eight_bits(loop)
     preflight(loop)
     resume_from = world.said(run.resume_from)
     if resume_from is not None:

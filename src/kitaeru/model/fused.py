@@ -63,7 +63,9 @@ class Saved:
 
 @dataclass
 class FusedLayer:
-    """The layer. `keep`: the numbers gate and up are kept in; `recompute`: keep only the input."""
+    """The layer. `keep`: the numbers gate and up are kept in; `recompute`: keep only the input; without `on` the
+    layer's own code runs.
+    """
 
     qkv: Site
     out: Site
@@ -77,6 +79,12 @@ class FusedLayer:
     activation: Activation
     keep: Arithmetic = "16bit"
     recompute: bool = False
+    on: bool = True
+
+    def widen(self, site: str) -> None:
+        """Compute one of "qkv", "out", "both" and "down" in 16 bits from now on."""
+        now: Site = getattr(self, site)
+        setattr(self, site, Site(now.members, "16bit", now.compute))
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -252,7 +260,8 @@ def install(layer: Any, fused: FusedLayer) -> Callable[[], None]:
     def forward(hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         angles, starts = options.get("position_embeddings"), options.get("cu_seq_lens_q")
         suits = hidden_states.shape[0] == 1 and hidden_states.dtype == fused.qkv.compute
-        if arguments or angles is None or starts is None or options.get("past_key_values") is not None or not suits:
+        cached = options.get("past_key_values") is not None
+        if not fused.on or arguments or angles is None or starts is None or cached or not suits:
             return original(hidden_states, *arguments, **options)
         cos, sin = angles
         return fused(hidden_states[0], Place(cos[0], sin[0], starts, options["max_length_q"]))[None]
@@ -273,9 +282,9 @@ EXACT = 1e-3
 
 @dataclass(frozen=True)
 class Fusing:
-    """What came of fusing: layers by arithmetic, or why every layer stays as it is."""
+    """What came of fusing: the layers, or why every layer stays as it is."""
 
-    layers: dict[Arithmetic, int]
+    layers: tuple[FusedLayer, ...]
     why_not: str | None = None
 
 
@@ -289,7 +298,7 @@ def fuse(model: Any, arithmetic: Arithmetic, *, keep8: bool, recompute: bool, pr
     compute = model.get_input_embeddings().weight.dtype
     layers = [layer for layer in decoder.layers if not next(layer.parameters()).is_meta]  # another rank has the rest
     calls = _calls(layers, probe)
-    counts: dict[Arithmetic, int] = {}
+    found: list[FusedLayer] = []
     removers: list[Callable[[], None]] = []
     for layer, call in zip(layers, calls, strict=True):
         expected = call(layer)
@@ -298,20 +307,20 @@ def fuse(model: Any, arithmetic: Arithmetic, *, keep8: bool, recompute: bool, pr
                 fused = fused_layer(layer, model.config, kind, compute)
             except UnfitError as reason:
                 _take_off(removers)
-                return Fusing({}, str(reason))
+                return Fusing((), str(reason))
             fused.keep, fused.recompute = (kind if keep8 else "16bit"), recompute
             remove = install(layer, fused)
             offs = [distance(a, b) for a, b in zip(call(layer), expected, strict=True)]
             bound = EXACT if compute == torch.float32 and kind == "16bit" else CLOSE[kind]
             if all(off <= bound for off in offs):  # which nan is not
                 removers.append(remove)
-                counts[kind] = counts.get(kind, 0) + 1
+                found.append(fused)
                 break
             remove()
         else:
             _take_off(removers)
-            return Fusing({}, tr("a fused layer is off by {share:.0%}", share=max(offs)))
-    return Fusing(counts)
+            return Fusing((), tr("a fused layer is off by {share:.0%}", share=max(offs)))
+    return Fusing(tuple(found))
 
 
 def _take_off(removers: list[Callable[[], None]]) -> None:

@@ -1,0 +1,91 @@
+"""What products in 8 bits cost in loss is seen before training, and what costs too much is computed in 16."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kitaeru.engine.eight_bits import MOST, settle_eight_bits
+from kitaeru.plan.types import Decision
+
+SITES = ("qkv", "out", "both", "down")
+
+
+@pytest.fixture
+def made(training, bundled, chat_data, tmp_path):
+    """A run of the bundled model in INT8, and a way to say whose choice that was."""
+
+    def make(*, decided):
+        run = training.Training(tmp_path, bundled, chat_data, arithmetic="int8", micro_batch_tokens=512)
+        decisions = (Decision("train.arithmetic", "int8", ""),) if decided else ()
+        run.trainee.plan = dataclasses.replace(run.plan, decisions=decisions)
+        run.trainee.model.eval()
+        return run
+
+    return make
+
+
+def spoil(trainee, module, by):
+    """Make one channel of what `module` reads larger, and its weights for it smaller: the same function, exactly."""
+    for layer in trainee.causal_lm.model.layers:
+        with torch.no_grad():
+            if module == "down_proj":
+                layer.mlp.up_proj.base_layer.weight[5] *= by
+                layer.mlp.down_proj.base_layer.weight[:, 5] /= by
+            else:
+                layer.input_layernorm.weight[5] *= by
+                for name in ("q_proj", "k_proj", "v_proj"):
+                    getattr(layer.self_attn, name).base_layer.weight[:, 5] /= by
+    for fused in trainee.fused:  # scales and expanded weights are made once
+        for site in SITES:
+            now = getattr(fused, site)
+            setattr(fused, site, type(now)(now.members, now.arithmetic, now.compute))
+
+
+def kinds(trainee):
+    return {site: {getattr(layer, site).arithmetic for layer in trainee.fused} for site in SITES}
+
+
+def test_what_costs_nothing_stays(made):
+    run = made(decided=True)
+    settle_eight_bits(run.loop)
+    assert kinds(run.trainee) == {site: {"int8"} for site in SITES}
+    said = run.notices[-1]
+    assert said.level == "info"
+    assert "Products in 8 bits change the loss by" in said.text
+
+
+@pytest.mark.parametrize(("module", "wide"), [("down_proj", ("down",)), ("q_proj", ("down", "qkv"))])
+def test_what_costs_too_much_is_computed_in_16_bits(made, module, wide):
+    run = made(decided=True)
+    spoil(run.trainee, module, 1000.0)
+    weights = {name: value.clone() for name, value in run.trainee.model.state_dict().items()}
+    settle_eight_bits(run.loop)
+    assert kinds(run.trainee) == {site: {"16bit" if site in wide else "int8"} for site in SITES}
+    assert run.notices[-1].level == "warning"
+    assert "so they are computed" in run.notices[-1].text
+    assert all(torch.equal(value, weights[name]) for name, value in run.trainee.model.state_dict().items())
+    batches = run.loop._split(list(range(12)))
+    eight = run.loop.mean_loss(batches)
+    for layer in run.trainee.fused:
+        layer.on = False
+    assert eight == pytest.approx(run.loop.mean_loss(batches), rel=MOST)
+    for layer in run.trainee.fused:
+        layer.on = True
+    assert run.run() == "finished"
+
+
+def test_a_recipe_that_asks_for_8_bits_gets_them_and_is_told(made):
+    run = made(decided=False)
+    spoil(run.trainee, "down_proj", 1000.0)
+    settle_eight_bits(run.loop)
+    assert kinds(run.trainee) == {site: {"int8"} for site in SITES}
+    assert run.notices[-1].level == "warning"
+    assert "The recipe asks for them" in run.notices[-1].text
+
+
+def test_nothing_is_said_where_there_are_none(training, tiny_model, chat_data, tmp_path):
+    run = training.Training(tmp_path, tiny_model, chat_data, arithmetic="16bit")
+    heard = len(run.notices)
+    settle_eight_bits(run.loop)
+    assert len(run.notices) == heard
