@@ -31,6 +31,8 @@ VARIANTS_BUILT: dict[str, tuple[str, ...]] = {
 # Bases with which a built strategy is known to train exactly; a strategy that is not named takes all.
 BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none", "nf4"), "tensor": ("none",), "zero3": ("none",)}
 SHARDED = ("fsdp", "zero3")
+# What families call the input table.
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
 # Strategies that are known to train exactly with a mixture's experts in few bits.
 EXPERTS_WHOLE = ("single", "ddp", "pipeline", "model_parallel")
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
@@ -336,8 +338,8 @@ def _zero3_cuts_numbers(case: Case) -> str | None:
         return None
     if layout.base != "none":
         return tr("DeepSpeed's ZeRO-3 cuts weights up as numbers, and packed ones are bytes; ZeRO-2 leaves them whole.")
-    if case.recipe.lora.dora:
-        return tr("DoRA reads weights outside of their layers, where ZeRO-3 has not put them together.")
+    if {name.rpartition(".")[2] for name in case.recipe.lora.targets} & set(EMBEDDINGS):
+        return tr("PEFT's adapter of an embedding is read outside of its layer, where ZeRO-3 has not put it together.")
     return None
 
 
