@@ -50,13 +50,16 @@ SIZES = {"cuda": (1024, 2048, 8192), "cpu": (128, 128, 512)}
 
 @dataclass(frozen=True)
 class Point:
-    """A run: its strategy and method, its number of ranks, the point whose losses it must have, and its stages."""
+    """A run: its strategy and method, its number of ranks, the point whose losses it must have, the devices that a copy
+    is split over, and the strategy's variant.
+    """
 
     strategy: str
     method: str
     ranks: int
     like: str = ""
     stages: int = 0
+    variant: str = ""
 
 
 POINTS = {
@@ -65,6 +68,9 @@ POINTS = {
     "ddp-qlora": Point("ddp", "qlora", 2, "single-qlora"),
     "single-lora": Point("single", "lora", 1),
     "fsdp-lora": Point("fsdp", "lora", 2, "single-lora"),
+    "fsdp-qlora": Point("fsdp", "qlora", 2, "single-qlora"),
+    "fsdp-offload-qlora": Point("fsdp", "qlora", 2, "single-qlora", variant="offload"),
+    "fsdp-2x2-qlora": Point("fsdp", "qlora", 4, "single-qlora", 2),
     "pipeline-lora": Point("pipeline", "lora", 2, "single-lora"),
     "model_parallel-qlora": Point("model_parallel", "qlora", 2, "single-qlora"),
     "pipeline-dp2-qlora": Point("pipeline", "qlora", 4, "single-qlora", 2),
@@ -111,6 +117,7 @@ def command(name: str, arguments: argparse.Namespace, model: Path, run: Path) ->
         "track.tensorboard": "false",
         **({"limits.threads": 1} if arguments.device == "cpu" else {}),
         **({"limits.split_over": point.stages} if point.stages else {}),
+        **({"limits.variant": point.variant} if point.variant else {}),
         # The same arithmetic everywhere: fused layers, where there are any, round otherwise.
         **{spec.path: "plain" for spec in leaves() if spec.path == "train.arithmetic"},
     }

@@ -1,0 +1,115 @@
+"""RAM of two processes while FSDP loads a model: a layer at a time, or whole in each, as it was before.
+
+A random Llama-shaped model is written, and loaded by two CPU processes (gloo). A row says how much memory of its own a
+process had at the most beyond what it had before (/proc, RssAnon, looked at every 5 ms), and what it holds in the end.
+
+    python benchmarks/fsdp_loading.py --out benchmarks/results/fsdp-loading-cpu.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kitaeru.model import parts
+from kitaeru.model.adapt import add_adapter
+from kitaeru.model.load import load_model
+from kitaeru.parallel import fsdp
+from kitaeru.parallel.types import Unit
+from kitaeru.parallel.world import join, leave
+from kitaeru.plan.types import Layout
+from kitaeru.recipe.types import LoraSection, ModelSection
+
+SHAPE = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "vocab_size": 8192, "num_hidden_layers": 24, "tie_word_embeddings": False,
+}  # fmt: skip
+FIELDS = ("method", "way", "rank", "model_mb", "peak_mb", "held_mb", "seconds", "torch", "date")
+
+
+def own_bytes() -> int:
+    """Memory of this process that is no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def load(rank: int, model: str, method: Any, way: str, store: str, out: str) -> None:
+    """What one of two processes does."""
+    torch.set_num_threads(1)
+    world = join(dist.FileStore(store, 2), rank=rank, size=2, local_rank=rank, local_size=2, device="cpu")
+    base: Any = "nf4" if method == "qlora" else "none"
+    layout = Layout("fsdp", method, base, "fp32", "keep", 128, "cpu", 2, "", 2)
+    section, lora = ModelSection(name=model), LoraSection(r=8)
+    before, peak, going = own_bytes(), [0], [True]
+
+    def look() -> None:
+        while going[0]:
+            peak[0] = max(peak[0], own_bytes())
+            time.sleep(0.005)
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    began = time.perf_counter()
+    if way == "whole":
+        loaded, source = load_model(section, layout, 0), None
+    else:
+        loaded, source = parts.outline(section, layout, lora, 0)
+    trained: Any = loaded
+    if method == "qlora":
+        loaded.requires_grad_(False)
+        trained = add_adapter(loaded, lora, 0)
+    named = [(name, parameter) for name, parameter in trained.named_parameters() if parameter.requires_grad]
+    held = fsdp.hold(Unit(trained, source), named, world, layout)
+    seconds = time.perf_counter() - began
+    del loaded, trained
+    going[0] = False
+    watch.join()
+    size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    row = (method, way, rank, size, peak[0] - before, own_bytes() - before, round(seconds, 1))
+    Path(out, str(rank)).write_text(" ".join(str(value) for value in row))
+    assert held.unit is not None
+    leave(world)
+
+
+def main() -> None:
+    """Every way in processes of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    place = Path(tempfile.mkdtemp())
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SHAPE)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place / "model")
+    rows = []
+    for method, way in (("full", "whole"), ("full", "parts"), ("qlora", "parts")):
+        there = place / f"{method}-{way}"
+        there.mkdir()
+        options = (str(place / "model"), method, way, str(there / "store"), str(there))
+        mp.start_processes(load, options, nprocs=2, start_method="spawn")
+        for rank in range(2):
+            values: list[Any] = (there / str(rank)).read_text().split()
+            for number in (3, 4, 5):
+                values[number] = round(int(values[number]) / 1e6)
+            rows.append([*values, torch.__version__, time.strftime("%Y-%m-%d")])
+            print(*rows[-1], flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        csv.writer(file).writerows([FIELDS, *rows])
+    shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
