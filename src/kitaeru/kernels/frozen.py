@@ -46,15 +46,16 @@ class Stored:
         if self.kind == "int8":
             return self.data.float() * (self.absmax / 127)[:, None]
         assert self.code is not None
-        packed = self.data.reshape(-1)
-        numbers = torch.stack([packed >> 4, packed & 15], 1).reshape(-1, NF4_BLOCK)
+        byte = torch.arange(256, device=self.code.device)
+        pairs = torch.stack([self.code[byte >> 4], self.code[byte & 15]], 1)
+        numbers = pairs.index_select(0, self.data.reshape(-1).int()).view(-1, NF4_BLOCK)
         absmax = self.absmax.reshape(-1)
         if absmax.dtype == torch.uint8:
             assert self.absmax_code is not None
             assert self.absmax_scale is not None
             by = self.absmax_scale.repeat_interleave(NF4_SECOND_BLOCK)[: len(absmax)]
             absmax = self.absmax_code[absmax.long()] * by + self.absmax_offset
-        return (self.code[numbers.long()] * absmax[:, None]).reshape(self.shape)
+        return (numbers * absmax[:, None]).reshape(self.shape)
 
 
 @dataclass(frozen=True)
