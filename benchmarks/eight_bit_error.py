@@ -1,0 +1,149 @@
+"""What products in 8 bits do to a real model on real text: each site's error, the loss, and the adapter's gradients.
+
+    python benchmarks/eight_bit_error.py MODEL_FOLDER --texts ja-text/valid.jsonl --out benchmarks/results/eight-bit.csv
+
+In fp32 otherwise, so that nothing else is seen. A site's error is that of its result, of the median token; "had64"
+turns each 64 inputs and weights by a Hadamard matrix before they are rounded, which spreads outliers. Also on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kitaeru.kernels.rows import Arithmetic, round_rows
+from kitaeru.model import attention
+from kitaeru.model.fused import fused_layer, install
+
+LENGTH = 512
+SITES = {"qkv": "self_attn.q_proj", "out": "self_attn.o_proj", "both": "mlp.gate_proj", "down": "mlp.down_proj"}
+WIDE: tuple[tuple[str, ...], ...] = ((), ("down",), ("qkv", "down"), ("both", "down"))
+
+
+def rounded(values: Tensor, dtype: torch.dtype, turn: int = 0) -> Tensor:
+    if turn:
+        matrix = torch.ones(1, 1, device=values.device)
+        while len(matrix) < turn:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        values = (values.view(len(values), -1, turn) @ matrix / math.sqrt(turn)).reshape(values.shape)
+    return round_rows(values.contiguous(), dtype).values
+
+
+def site_errors(model: Any, rows: Tensor, given: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """Mean over layers of the median token's error, by site and way to round."""
+    seen: dict[tuple[int, str], list[Tensor]] = {}
+    hooks = []
+    for index, layer in enumerate(model.model.layers):
+        for site, name in SITES.items():
+            keep = seen.setdefault((index, site), [])
+            hooks.append(
+                layer.get_submodule(name).register_forward_pre_hook(
+                    lambda _, a, keep=keep: keep.append(a[0].flatten(0, 1).detach())
+                )
+            )
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=row[None], **given)
+    for hook in hooks:
+        hook.remove()
+    ways: dict[str, tuple[torch.dtype, int]] = {
+        "int8": (torch.int8, 0), "fp8": (torch.float8_e4m3fn, 0), "int8 had64": (torch.int8, 64),
+        "fp8 had64": (torch.float8_e4m3fn, 64),
+    }  # fmt: skip
+    found: dict[tuple[str, str], list[float]] = {}
+    for (index, site), inputs in seen.items():
+        x, w = torch.cat(inputs), model.model.layers[index].get_submodule(SITES[site]).weight
+        exact = x @ w.T
+        for name, (dtype, turn) in ways.items():
+            off = rounded(x, dtype, turn) @ rounded(w.detach(), dtype, turn).T - exact
+            found.setdefault((site, name), []).append(float((off.norm(dim=1) / exact.norm(dim=1)).median()))
+    return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+def losses(model: Any, whole: Any, rows: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mean loss of each row, and all adapter gradients in one vector."""
+    whole.zero_grad()
+    found = []
+    for row in rows:
+        embedded = model.get_input_embeddings()(row).detach()[None].requires_grad_()
+        logits = model(inputs_embeds=embedded, **given).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits[:-1].float(), row[1:])
+        loss.backward()
+        found.append(loss.detach().double())
+    gradients = [p.grad.flatten() for p in whole.parameters() if p.grad is not None]
+    return torch.stack(found), torch.cat(gradients).double()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=16, help=f"of {LENGTH} tokens")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention.register()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    lines = arguments.texts.read_text(encoding="utf-8").splitlines()
+    text = "\n\n".join(json.loads(line)["text"] for line in lines)[: arguments.rows * LENGTH * 6]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: arguments.rows * LENGTH]
+    rows = torch.tensor(ids, device=device).view(-1, LENGTH)
+    starts = torch.tensor([0, LENGTH], dtype=torch.int32, device=device)
+    given = {
+        "position_ids": torch.arange(LENGTH, device=device)[None], "use_cache": False, "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts, "max_length_q": LENGTH, "max_length_k": LENGTH,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32, attn_implementation=attention.NAME
+    ).to(device)
+    model.requires_grad_(False)
+    table: list[tuple[str, str, str, float]] = []
+
+    def say(what: str, site: str, way: str, value: float) -> None:
+        table.append((what, site, way, value))
+        print(f"{what:14} {site:12} {way:12} {value:+.5f}", flush=True)
+
+    for (site, way), value in site_errors(model, rows[:2], given).items():
+        say("error", site, way, value)
+    torch.manual_seed(0)
+    whole = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
+    for name, parameter in whole.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.005 * torch.randn_like(parameter)
+    exact, gradient = losses(model, whole, rows, given)
+    eight: tuple[Arithmetic, ...] = ("int8", "fp8")
+    for way in eight:
+        for wide in WIDE:
+            removers: list[Callable[[], None]] = []
+            for layer in model.model.layers:
+                fused = fused_layer(layer, model.config, way, torch.float32)
+                for site in wide:
+                    fused.widen(site)
+                removers.append(install(layer, fused))
+            got, theirs = losses(model, whole, rows, given)
+            for remove in removers:
+                remove()
+            kept = "+".join(wide) or "none"
+            gaps = got - exact
+            say("loss", kept, way, float(gaps.mean() / exact.mean()))
+            say("loss stderr", kept, way, float(gaps.std() / len(gaps) ** 0.5 / exact.mean()))
+            say("gradient cos", kept, way, float(torch.nn.functional.cosine_similarity(theirs, gradient, dim=0)))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("model", "what", "in_16_bits_or_site", "way", "value"))
+        writer.writerows((arguments.model.name, *row[:3], f"{row[3]:.6f}") for row in table)
+
+
+if __name__ == "__main__":
+    main()
