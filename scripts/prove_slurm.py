@@ -155,9 +155,15 @@ class Job:
     def state(self) -> str:
         return shell("scontrol", "-o", "show", "job", self.number, quiet=True).split("JobState=")[1].split()[0]
 
+    def _has_ended(self) -> bool:
+        state = self.state()
+        if state == "PENDING" and self.steps():  # put back: Slurm lets two minutes go by unless told otherwise
+            subprocess.run(["scontrol", "update", f"JobId={self.number}", "StartTime=now"], capture_output=True)
+        return state not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
+
     def ended(self, *, resumed: int, restarts: str) -> None:
         """Wait for the end, and look whether it is the run it should be."""
-        until("the job has ended", lambda: self.state() not in ("PENDING", "RUNNING", "COMPLETING"))
+        until("the job has ended", self._has_ended, 400)
         shown = shell("scontrol", "-o", "show", "job", self.number, quiet=True)
         facts = {
             name: shown.split(f"{name}=")[1].split()[0] for name in ("JobState", "Restarts", "ExitCode", "NodeList")

@@ -1,4 +1,4 @@
-"""`kitaeru bench`: what this machine was measured to do; `--calibrate` measures it."""
+"""`kitaeru bench`: what this machine was measured to do; `--calibrate` measures it, `--scaling` every way to train."""
 
 from __future__ import annotations
 
@@ -13,25 +13,49 @@ from rich.table import Table
 from rich.text import Text
 
 from kitaeru.cli.text import console
-from kitaeru.i18n import tr
+from kitaeru.i18n import N_, tr
 from kitaeru.plan.calibrate import DeviceProfile, Profile, own_profile, profile_path
 from kitaeru.report.live import live_view
 from kitaeru.report.prose import Prose
 
 
 def run(
+    recipes: Annotated[
+        tuple[Path, ...],
+        Parameter(help=N_("With --scaling: recipes to measure. Default: shapes, or on a CPU `bundled`.")),
+    ] = (),
     *,
+    scaling: Annotated[
+        bool, Parameter(negative="", help=N_("Measure every way to use the devices of this machine, beside its plan."))
+    ] = False,
+    shapes: Annotated[
+        str | None, Parameter(help=N_("Models with random weights: 8b, 13b, 34b, mixtral, by commas."))
+    ] = None,
+    only: Annotated[str | None, Parameter(help=N_("These strategies only, by commas."))] = None,
+    devices: Annotated[int | None, Parameter(help=N_("So many devices. Default: all, or two processes."))] = None,
+    cap_gib: Annotated[float | None, Parameter(help=N_("Use at most so many GiB of each device."))] = None,
+    layers: Annotated[int | None, Parameter(help=N_("Cut shapes to so many layers."))] = None,
+    batch: Annotated[int, Parameter(help=N_("Examples of a step, of the longest length, for shapes."))] = 64,
+    steps: Annotated[int, Parameter(help=N_("Steps of each run; the first three are not counted."))] = 8,
+    seconds: Annotated[float, Parameter(help=N_("The most that one run may take."))] = 600.0,
+    work: Annotated[Path, Parameter(help=N_("Where models and runs go."))] = Path("runs/scaling"),
     calibrate: Annotated[
         bool, Parameter(negative="", help=tr("Measure this machine; the planner then takes what was measured."))
     ] = False,
     quick: Annotated[bool, Parameter(negative="", help=tr("In some twenty seconds instead of two minutes."))] = False,
     alone: Annotated[bool, Parameter(negative="", help=tr("Leave out what joins the devices."))] = False,
     output: Annotated[
-        Path | None, Parameter(name=["--output", "-o"], help=tr("Keep the profile in this file instead."))
+        Path | None,
+        Parameter(name=["--output", "-o"], help=tr("The profile's file; with --scaling the table's (scaling.csv).")),
     ] = None,
     json_: Annotated[bool, Parameter(name="--json", negative="", help=tr("Print the profile as JSON."))] = False,
 ) -> int:
-    """Show the profile of this machine, after measuring it if asked to."""
+    """Show the profile of this machine, after measuring it if asked to; or measure ways to train."""
+    if scaling:
+        from kitaeru.cli.scaling import Wanted, measure_ways
+
+        wanted = Wanted(recipes, _words(shapes), _words(only), devices, cap_gib, layers, batch, steps, seconds, work)
+        return measure_ways(wanted, output or Path("scaling.csv"))
     path = output or profile_path()
     profile = _measure(path, quick=quick, links=not alone) if calibrate else _known(output)
     out = console()
@@ -43,6 +67,10 @@ def run(
     else:
         _show(out, profile, path)
     return 0
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
 
 
 def _known(output: Path | None) -> Profile | None:
