@@ -59,6 +59,8 @@ class Team:
 
     def together(self, part: Tensor, dim: int) -> Tensor:
         """All ranks' parts, in order, on the CPU."""
+        if "nccl" not in str(dist.get_backend_config()):  # gloo gathers in RAM only
+            part = part.cpu()
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.ranks)]
         dist.all_gather(parts, part.contiguous(), group=self.group)
         return torch.cat([found.cpu() for found in parts], dim)

@@ -79,6 +79,7 @@ def test_the_effective_batch_counts_copies_of_the_model(strategy: Any, more: Any
 
 
 def test_a_pipeline_of_two_on_four_devices_is_two_copies() -> None:
+    assert MultiGPUTrainingConfig(strategy="tensor_parallel", tensor_parallel_size=2).copies(4) == 2
     config = MultiGPUTrainingConfig(strategy="pipeline", pipeline_parallel_size=2, batch_size=8)
     assert config.values(4)["train.global_batch_examples"] == 16
 
