@@ -182,8 +182,8 @@ def main() -> None:
     found["whole"] = measured(adapted(whole, asked.rank), x, index, weights, up)
     rows = []
     for name, row in found.items():
-        module = stored[name.split()[0]] if name != "whole" else whole
-        size = sum(t.nbytes for n, t in (*module.named_parameters(), *module.named_buffers()) if "lora" not in n)
+        held: Any = whole if name == "whole" else stored[name.split()[0]]
+        size = sum(t.nbytes for n, t in (*held.named_parameters(), *held.named_buffers()) if "lora" not in n)
         row |= {
             "output": apart(row["output"], found["whole"]["output"]),
             "gradient": apart(row["gradient"], found["whole"]["gradient"]),
