@@ -6,7 +6,8 @@ A checkpoint is a folder `step-00000120` with three files:
 - `state.json`: everything else, as JSON;
 - `manifest.json`: size and SHA-256 of the others. Written last: without it a folder is no checkpoint.
 
-Processes that have pieces of tensors write them themselves: `state-0001.safetensors` and so on hold rows of a tensor,
+Processes that have pieces of tensors write them themselves: `state-0001.safetensors` and so on (large ones in several
+files, so that a copy of one is all that is in RAM beside what is written) hold rows of a tensor,
 under its name and the number of the first ("model/NAME@4096"). Whoever reads gets it whole: how it was cut does not
 matter.
 
@@ -45,6 +46,7 @@ _WRITING, _REPLACED, _REMOVED, _DAMAGED = ".writing", ".replaced", ".removed", "
 # Between the name of a tensor and the number of a piece's first row.
 ROW = "@"
 _NOTE = ".part-{:04d}.json"
+FILE_BYTES = 2 << 30
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -96,16 +98,20 @@ def begin(folder: Path, step: int, needed_bytes: int, meta: Mapping[str, Any]) -
 
 
 def write_part(temporary: Path, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write, flush and read back the file of process `number`, and note how that went for the one who completes it."""
-    note = temporary / _NOTE.format(number)
-    path = temporary / _file(number)
+    """Write, flush and read back the files of process `number`, and note how that went for the one who completes it.
+    Tensors are copied to the CPU a file at a time.
+    """
+    note, path, facts = temporary / _NOTE.format(number), temporary, {}
     try:
-        plain = _plain(tensors)
-        save_file(plain, path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-        _read_back(path, plain)
-        write_json(note, _facts(path))
+        for place, names in enumerate(_filling(tensors)):
+            path = temporary / _file(number, place)
+            plain = _plain({name: tensors[name] for name in names})
+            save_file(plain, path)
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            _read_back(path, plain)
+            facts[path.name] = _facts(path)
+        write_json(note, facts)
     except Exception as error:
         what = _write_error(path, error)
         write_json(note, {"what": what.what, "remedy": what.remedy})
@@ -130,7 +136,9 @@ class Draft:
             CheckpointError: a part could not be written. Earlier checkpoints are whole.
         """
         try:
-            files = {_file(number): self._part(number) for number in range(parts)}
+            files: dict[str, Any] = {}
+            for number in range(parts):
+                files |= self._part(number)
             write_atomic(self.temporary / META, self.text)
             if (self.temporary / META).read_text(encoding="utf-8") != self.text:
                 raise OSError(errno.EIO, _differs())
@@ -302,8 +310,23 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return plain
 
 
-def _file(number: int) -> str:
-    return f"state-{number:04d}.safetensors" if number else TENSORS
+def _file(number: int, place: int = 0) -> str:
+    if not number and not place:
+        return TENSORS
+    return f"state-{number:04d}.safetensors" if not place else f"state-{number:04d}-{place:04d}.safetensors"
+
+
+def _filling(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Names for file after file; there is always one."""
+    names: list[str] = []
+    filled = 0
+    for name, tensor in tensors.items():
+        if names and filled + tensor.nbytes > FILE_BYTES:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += tensor.nbytes
+    yield names
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from kitaeru.engine.optim import load_optimizer_state, optimizer_state
 from kitaeru.errors import CheckpointError
 from kitaeru.events import Saved
 from kitaeru.i18n import tr
+from kitaeru.machine.probe import host_memory
 
 # What takes longer to write than training should wait.
 BACKGROUND_BYTES = 256 << 20
@@ -74,7 +75,7 @@ class Kept:
         self.settle(wait=True)
         self.world.pulse.waiting()
         started, trainee, step = time.perf_counter(), self.trainee, self.progress.step
-        moments, scalars = optimizer_state(trainee.optimizer, trainee.named)
+        moments, scalars = optimizer_state(trainee.optimizer, trainee.named, copy=False)
         mine = {f"model/{name}": p.detach() for name, p in trainee.named}
         mine |= {f"optimizer/{name}": value for name, value in moments.items()}
         scalars["values"] = {n: value for each in self.world.each_of(scalars["values"]) for n, value in each.items()}
@@ -91,6 +92,13 @@ class Kept:
         tensors, temporary, complete = self._ready(mine, step, meta)
         if temporary is None:
             return
+        behind = self._has_room_for_a_copy(tensors)
+        if behind:
+            live = {tensor.data_ptr() for tensor in mine.values()}
+            tensors = {
+                key: tensor.to("cpu", copy=True) if tensor.is_cuda or tensor.data_ptr() in live else tensor
+                for key, tensor in tensors.items()
+            }
         protected = {self.progress.best_step} if self.section.keep_best and self.progress.best_step else set()
 
         def write() -> Saved | None:
@@ -104,7 +112,14 @@ class Kept:
 
         self.world.pulse.free()  # the others go on, and wait in the next step
         self._writing.start(write)
-        self.settle(wait=checkpoint.room_bytes(tensors) < BACKGROUND_BYTES)
+        self.settle(wait=not behind)
+
+    def _has_room_for_a_copy(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether what this process writes takes so long that it should not be waited for, and the machine's RAM can
+        hold a copy of it, and of as much in each process beside this one.
+        """
+        size = checkpoint.room_bytes(tensors)
+        return size >= BACKGROUND_BYTES and 2 * size * self.world.size < host_memory()[1]
 
     def settle(self, *, wait: bool) -> None:
         """Take in what is written in the background: done (with `wait` when it is), it is told.
@@ -119,7 +134,7 @@ class Kept:
     def _ready(
         self, mine: dict[str, torch.Tensor], step: int, meta: dict[str, Any]
     ) -> tuple[dict[str, torch.Tensor], Path | None, Callable[[], Path] | None]:
-        """A copy in RAM of what this process writes of a checkpoint, where it does (None: nothing), and on the main one
+        """What this process writes of a checkpoint, where it does (None: nothing), and on the main one
         what completes it. Who has rows of parameters writes these; where not all see the same disk, the main one writes
         everything.
         """
@@ -139,29 +154,24 @@ class Kept:
         return tensors, temporary, None if draft is None else partial(draft.complete, parts)
 
     def _rows(self, mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies of this rank's rows; on the main process also of what is whole on every rank."""
+        """This rank's rows; on the main process also what is whole on every rank."""
         found, weights = {}, dict(self.trainee.named)
         for key, tensor in mine.items():
             name = _parameter(key)
             rows = self.trainee.held.rows.get(name)
             if rows is None or tensor.shape != weights[name].shape or len(rows.shape) != tensor.ndim:
                 if self.world.main:
-                    found[key] = tensor.to("cpu", copy=True)
+                    found[key] = tensor
             elif len(tensor):
-                found[f"{key}{checkpoint.ROW}{rows.first}"] = tensor.to("cpu", copy=True)
+                found[f"{key}{checkpoint.ROW}{rows.first}"] = tensor
         return found
 
     def _whole(self, mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """On the main process a copy of everything, whole; nothing on the others."""
+        """On the main process everything, whole, on the CPU; nothing on the others."""
         trainee = self.trainee
         whole = {key: trainee.strategy.gather(trainee.held, _parameter(key), tensor) for key, tensor in mine.items()}
         found = self.world.united(whole)
-        if not self.world.main:
-            return {}
-        for key, tensor in mine.items():  # weights that lie on a CPU go on changing; moments are copies already
-            if key.startswith("model/") and found[key].data_ptr() == tensor.data_ptr():
-                found[key] = found[key].clone()
-        return found
+        return found if self.world.main else {}
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint: weights, optimizer, schedule, sampler, scaler, best loss.

@@ -127,9 +127,10 @@ def _from_bitsandbytes(class_name: str, optimizer: str, device_type: str) -> Cal
 
 
 def optimizer_state(
-    optimizer: torch.optim.Optimizer, named_parameters: NamedParameters
+    optimizer: torch.optim.Optimizer, named_parameters: NamedParameters, *, copy: bool = True
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """A copy of the optimizer's state: CPU tensors as "PARAMETER/KEY", and what is no tensor as JSON-able values.
+    Without `copy` the tensors are the living ones, where they are.
 
     Shapes and dtypes are the optimizer's own (uint8 for 8-bit moments, with their absmax and qmap).
     """
@@ -140,8 +141,10 @@ def optimizer_state(
     for name, parameter in named_parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                copy = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-                tensors[f"{name}/{key}"] = copy
+                tensors[f"{name}/{key}"] = value.detach()
+                if copy:
+                    apart = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                    tensors[f"{name}/{key}"] = apart
             elif isinstance(value, int | float | str | None):
                 values.setdefault(name, {})[key] = value
             else:

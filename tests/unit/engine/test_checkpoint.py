@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from kitaeru.engine.checkpoint import available, load, newest_good, prune, save, size_bytes, verify
+from kitaeru.engine.checkpoint import (
+    available,
+    begin,
+    load,
+    newest_good,
+    prune,
+    save,
+    size_bytes,
+    verify,
+    write_part,
+)
 from kitaeru.engine.checkpoint_lock import exclusive
 from kitaeru.errors import CheckpointError
 
@@ -351,3 +362,42 @@ def test_a_place_that_cannot_be_written_to_is_an_error_for_a_person(folder):
     folder.write_text("a file in the way")
     with pytest.raises(CheckpointError, match=r"could not be written.*\n.*can be written to"):
         save(folder, 10, tensors_of(0), META)
+
+
+def test_parts_and_files_are_joined(folder, monkeypatch):
+    """Three processes have rows of one tensor; the first file is too small for all that process 0 writes."""
+    monkeypatch.setattr("kitaeru.engine.checkpoint.FILE_BYTES", 64)
+    whole, other = torch.randn(7, 5), torch.randn(30)
+    pieces = [{"model/a@0": whole[:3], "model/b": other}, {"model/a@3": whole[3:6]}, {"model/a@6": whole[6:]}]
+    draft = begin(folder, 4, 1000, META)
+    for number in (2, 1, 0):
+        write_part(draft.temporary, number, pieces[number])
+    path = draft.complete(3)
+    names = {file.name for file in path.iterdir()}
+    parts = {"state.safetensors", "state-0000-0001.safetensors", "state-0001.safetensors", "state-0002.safetensors"}
+    assert names == {"state.json", "manifest.json", *parts}
+    assert verify(path) is None
+    tensors, meta = load(path)
+    assert meta == META
+    assert set(tensors) == {"model/a", "model/b"}
+    assert torch.equal(tensors["model/a"], whole)
+    assert torch.equal(tensors["model/b"], other)
+    (path / "state-0002.safetensors").unlink()
+    assert "state-0002" in str(verify(path))
+
+
+def test_a_part_that_fails_leaves_nothing(folder, monkeypatch):
+    save(folder, 10, tensors_of(0), META)
+    draft = begin(folder, 20, 1000, META)
+    write_part(draft.temporary, 0, tensors_of(1))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("kitaeru.engine.checkpoint.save_file", full)
+    write_part(draft.temporary, 1, tensors_of(1))
+    with pytest.raises(CheckpointError, match="No space"):
+        draft.complete(2)
+    assert (len(available(folder)), hidden(folder)) == (1, [])
+    monkeypatch.undo()
+    save(folder, 20, tensors_of(1), META)  # and nothing is locked
