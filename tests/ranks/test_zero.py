@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("deepspeed", reason="the extra is not installed: pip install 'kitaeru[deepspeed]'")
 
@@ -76,9 +75,9 @@ def test_same_losses_and_weights(
         assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         assert answer["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
         assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
-        assert far(answer["weights"], wanted["weights"]) <= 1e-5
-        assert all(torch.equal(answer["weights"][n], answers[0]["weights"][n]) for n in answer["weights"])
+        assert answer["losses"] == answers[0]["losses"]
         assert answer["frozen"]
+    assert far(answers[0]["weights"], wanted["weights"]) <= 1e-5
     # Each rank has a share of what is trained.
     assert sum(answer["numbers"] for answer in answers) == wanted["numbers"]
 

@@ -137,7 +137,7 @@ class Strategy(Protocol):
 
     def gather(self, held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The whole of parameter `name`, or of a tensor of the same shape (a moment), on the CPU of every rank that has
-        a piece of it.
+        a piece of it, or of the main process alone.
         """
         ...
 

@@ -350,14 +350,14 @@ def driven(held: Held, base: torch.optim.Optimizer, groups: list[list[nn.Paramet
 
 
 def gather(held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Put the pieces together."""
+    """Put the pieces together; only the main process keeps them, as RAM may not hold all of them on every rank."""
     at = held.state.pieces.get(name)
     if at is None or tensor.shape != (at.count,):
         return tensor.detach().cpu()
     whole = torch.zeros(at.shape.numel(), dtype=tensor.dtype, device=single.device_of(held))
     whole[at.first : at.first + at.count] = tensor.detach()
-    dist.all_reduce(whole)
-    return whole.view(at.shape).cpu()
+    dist.reduce(whole, 0)
+    return whole.view(at.shape).cpu() if held.world.main else torch.empty(0, dtype=tensor.dtype)
 
 
 def scatter(held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
