@@ -355,7 +355,7 @@ def fingerprints(wish: Recipe, data: Prepared) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """Versions and the machine, for the report."""
-    names = ("kitaeru", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
+    names = ("kitaeru", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "safetensors", "tokenizers")
     found = {"python": platform.python_version(), "system": platform.platform()}
     for name in names:
         try:

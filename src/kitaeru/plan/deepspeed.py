@@ -80,6 +80,7 @@ def deepspeed_config(layout: Layout, recipe: Recipe, trained: int = 0) -> dict[s
     }
     if layout.strategy == "zero3":
         zero |= {"stage3_prefetch_bucket_size": BUCKET_NUMBERS, "stage3_param_persistence_threshold": 100_000}
+        zero["stage3_max_reuse_distance"] = BUCKET_NUMBERS  # weights that are needed later than that are let go
     in_ram = {"device": "cpu", "pin_memory": layout.device == "cuda"}
     if layout.variant.startswith("offload"):
         zero["offload_optimizer"] = in_ram

@@ -9,8 +9,9 @@ import torch
 
 from kitaeru.engine import run as engine
 from kitaeru.engine.run import fingerprints, prepare, run_folder, train
-from kitaeru.errors import DataError, ModelError, TrainingError, UsageError
+from kitaeru.errors import DataError, MissingLibraryError, ModelError, TrainingError, UsageError
 from kitaeru.events import Notice, RunFinished, Step, read
+from kitaeru.parallel import zero
 
 
 @pytest.fixture
@@ -97,6 +98,30 @@ def test_bad_requests_leave_no_run_behind(wish, in_tmp):
     with pytest.raises(UsageError, match="does not know which run"):
         prepare(wish(output=None), resume=True)
     assert not (in_tmp / "run").exists()
+
+
+def test_what_deepspeed_is_told_is_in_the_run_folder(wish, in_tmp):
+    pytest.importorskip("deepspeed")
+    own = in_tmp / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 4096}}))
+    asked = {"strategy": "zero2", "limits__devices": 2, "limits__ds_config": str(own)}
+    run = prepare(wish(**asked))
+    assert run.plan.layout.way == "zero2"
+    told = json.loads((run.folder / "ds_config.json").read_text())
+    assert told["zero_optimization"]["stage"] == 2
+    assert told["zero_optimization"]["reduce_bucket_size"] == 4096
+    assert told["train_batch_size"] == 2
+    own.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": -1}}))
+    with pytest.raises(UsageError, match="DeepSpeed refuses"):
+        prepare(wish(output="other", **asked))
+    assert not (in_tmp / "other" / "plan.json").exists()
+
+
+def test_deepspeed_that_is_missing_is_named_with_the_command(wish, in_tmp, monkeypatch):
+    monkeypatch.setattr(zero, "find_spec", lambda _: None)
+    with pytest.raises(MissingLibraryError) as caught:
+        prepare(wish(strategy="zero3"))
+    assert "pip install 'kitaeru[deepspeed]'" in caught.value.remedy
 
 
 def test_a_folder_without_output_is_named_after_model_method_and_time(wish):
