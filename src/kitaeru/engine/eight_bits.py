@@ -2,7 +2,7 @@
 
 A few thousand tokens go forward with the layers' own code and with the products in 8 bits. Where the two losses lie too
 far apart, the products that lose most are computed in 16 bits: first the MLP's last one, whose input has the largest
-outliers, then queries, keys and values, then all. What each costs on real models: docs/notes/0013.
+outliers, then queries, keys and values, then all. What each costs on real models: docs/notes/0017.
 """
 
 from __future__ import annotations
