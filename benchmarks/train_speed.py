@@ -16,18 +16,20 @@ import csv
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import kitaeru
 from kitaeru import __version__, events
-from kitaeru.model.bundled import bundled_folder
+from kitaeru.api.scaling import until_last_step
+from kitaeru.model.random_weights import write_random
 from kitaeru.plan.types import Plan
+
+# The most that one point may take.
+SECONDS = 900.0
 
 SHAPES = {
     "llama-3-8b": {
@@ -65,48 +67,16 @@ FIELDS = (
 )  # fmt: skip
 
 
-def make_model(shape: str, folder: Path) -> None:
-    """A folder with random bf16 weights of a real shape and the packaged tokenizer."""
-    if (folder / "config.json").exists():
-        return
-    config = AutoConfig.for_model(
-        "llama", **{"max_position_embeddings": 8192, "head_dim": 128, "dtype": "bfloat16", **SHAPES[shape]}
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    for file in bundled_folder().glob("*token*"):
-        shutil.copy(file, folder)
-    del model
-    torch.cuda.empty_cache()
-
-
-def until_last_step(command: list[str], path: Path, steps: int) -> list[events.Event]:
-    """The events of a run that is ended after its last step: saving gigabytes of random weights says nothing."""
-    process = subprocess.Popen(command)
-    try:
-        while process.poll() is None:
-            time.sleep(0.5)
-            seen = list(events.read(path)) if path.exists() else []
-            if any(isinstance(e, events.Step) and e.step == steps for e in seen):
-                return seen
-    finally:
-        process.kill()
-        process.wait()
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return list(events.read(path))
-
-
 def measure(point: str, work: Path, data: Path, steps: int) -> dict[str, object]:
     """Run one point and return its row."""
     shape, method, cap, extra = POINTS[point]
     on_cpu = shape == "bundled"
-    model, run = shape if on_cpu else str(work / shape), work / "runs" / point
+    model, run = shape if on_cpu else str(work / shape), work / "runs" / point / "run"
     if not on_cpu:
-        make_model(shape, work / shape)
-    shutil.rmtree(run, ignore_errors=True)
+        config = {"model_type": "llama", "max_position_embeddings": 8192, "head_dim": 128, **SHAPES[shape]}
+        write_random(config, work / shape)
+    shutil.rmtree(run.parent, ignore_errors=True)
+    run.parent.mkdir(parents=True)
     settings = [
         "data.seq_len=2048",
         "data.long=split",
@@ -121,7 +91,10 @@ def measure(point: str, work: Path, data: Path, steps: int) -> dict[str, object]
     command = [sys.executable, "-m", "kitaeru", "train", model, "--data", str(data), "--method", method, "--plain"]
     command += ["--output", str(run), *(word for setting in settings for word in ("--set", setting))]
     started = time.time()
-    seen = until_last_step(command, run / "events.jsonl", steps)
+    outcome = until_last_step(command, run.parent, steps, SECONDS)
+    if outcome != "ok":
+        raise RuntimeError(outcome)
+    seen = list(events.read(run / "events.jsonl"))
     taken = [e for e in seen if isinstance(e, events.Step)][3:]
     begun = next(e for e in seen if isinstance(e, events.RunStarted))
     plan = Plan.load(run / "plan.json")
@@ -156,8 +129,8 @@ def main() -> None:
     for point in arguments.points:
         try:
             rows.append(measure(point, arguments.work, arguments.data, arguments.steps))
-        except subprocess.CalledProcessError as error:
-            print(f"{point}: failed with exit code {error.returncode}", file=sys.stderr)
+        except RuntimeError as error:
+            print(f"{point}: {error}", file=sys.stderr)
             continue
         print(json.dumps(rows[-1]), flush=True)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

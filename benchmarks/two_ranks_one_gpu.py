@@ -26,11 +26,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import kitaeru
 from kitaeru import events
-from kitaeru.model.bundled import bundled_folder
+from kitaeru.api.scaling import why_failed
+from kitaeru.model.random_weights import write_random
 from kitaeru.plan.types import Plan
 from kitaeru.recipe.fields import leaves
 
@@ -86,14 +86,8 @@ FIELDS = (
 def make_model(device: str, layers: int, folder: Path) -> None:
     """A folder with random bf16 weights (fp32 on a CPU) and the packaged tokenizer."""
     shape = {**SHAPES[device], "num_hidden_layers": layers, "tie_word_embeddings": False}
-    config = AutoConfig.for_model("llama", max_position_embeddings=8192, **shape)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
-    for file in bundled_folder().glob("*token*"):
-        shutil.copy(file, folder)
+    write_random({"model_type": "llama", "max_position_embeddings": 8192, **shape}, folder, dtype)
 
 
 def command(name: str, arguments: argparse.Namespace, model: Path, run: Path) -> list[str]:
@@ -136,10 +130,7 @@ def run_point(words: list[str], log: Path, seconds: float) -> str:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return f"no end within {seconds:.0f} s"
-    if code == 0:
-        return "ok"
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"exit {code}: " + " | ".join(lines[-3:])[:300]
+    return "ok" if code == 0 else why_failed(log.read_text(errors="replace"), code)
 
 
 def far(ours: list[float], theirs: list[float]) -> float | str:
@@ -205,12 +196,7 @@ def main() -> None:
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
     model = arguments.work / "model"
-    # In a process of its own: this one must hold nothing on the GPU while the points run.
-    made = "import sys; from two_ranks_one_gpu import *; make_model(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))"
-    words = [sys.executable, "-c", made, arguments.device, str(arguments.layers), str(model)]
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    subprocess.run(words, check=True, env=here, timeout=arguments.budget_seconds)
+    make_model(arguments.device, arguments.layers, model)
     rows = []
     for name in arguments.points:
         left = arguments.budget_seconds - (time.monotonic() - started)

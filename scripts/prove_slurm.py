@@ -28,7 +28,7 @@ from pathlib import Path
 import kitaeru
 from kitaeru.events import RunFinished, RunStarted, Step, read
 
-STEPS = 60
+STEPS = 150
 RECIPE = {
     "model": "bundled",
     "data": {"train": "train.jsonl", "seq_len": 64, "workers": 1, "max_examples": 64},
@@ -174,6 +174,7 @@ class Job:
         events = list(read(self.run / "events.jsonl"))
         starts = [event.resumed_step for event in events if isinstance(event, RunStarted)]
         assert len(starts) == resumed + 1
+        assert all(10 <= step < STEPS for step in starts[1:]), starts
         assert [e.outcome for e in events if isinstance(e, RunFinished)][-1] == "finished"
         told = re.compile(r"is lost|going on after|Started again|^finished|^run folder|kitaeru ·|^Waiting|[Rr]equeue")
         say("".join(line + "\n" for line in self.log.read_text().splitlines() if told.search(line)))

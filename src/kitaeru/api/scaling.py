@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kitaeru.errors import KitaeruError, UsageError
-from kitaeru.events import Event, RunStarted, Step, read
+from kitaeru.events import Devices, Event, RunStarted, Step, read
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
 from kitaeru.plan.choose import make_plan, survey
@@ -76,7 +76,9 @@ class Subject:
 
 @dataclass
 class Row:
-    """One way: what came out, and what was planned. `scaling` is against the same subject's run on one device."""
+    """One way: what came out, and what was planned. `scaling` is against the same subject's run on one device, `idle`
+    each device's share of the steps outside of its own passes, `utilisation` what the driver says of it.
+    """
 
     subject: str
     method: str
@@ -98,6 +100,7 @@ class Row:
     first_loss: float = 0.0
     last_loss: float = 0.0
     seconds: float = 0.0
+    utilisation: tuple[float, ...] = ()
     device: str = ""
 
 
@@ -163,7 +166,14 @@ def _short(recipe: Recipe, bench: Bench) -> Recipe:
     changes: dict[str, Any] = {
         "train": {"max_steps": bench.steps, "eval_every": 10**6, "save_every": 10**6, "keep_best": False},
         "samples": {"count": 0, "prompts": ()},
-        "track": {"tensorboard": False, "wandb": None, "mlflow": None, "trackio": None, "prometheus_port": None},
+        "track": {
+            "tensorboard": False,
+            "wandb": None,
+            "mlflow": None,
+            "trackio": None,
+            "prometheus_port": None,
+            "device_seconds": 1.0,
+        },
         "limits": limits,
     }
     return _changed(recipe, changes)
@@ -311,6 +321,18 @@ def fill(row: Row, run: Path) -> None:
     row.peak_gib = _gib(steps[-1].device_peaks or (steps[-1].peak_bytes,))
     shares = [[1 - own / step.seconds for own in step.rank_seconds] for step in steps if step.rank_seconds]
     row.idle = tuple(round(max(0.0, statistics.mean(each)), 4) for each in zip(*shares, strict=True))
+    looks = [look for look in events_of(run / "events.jsonl", Devices) if look.step >= all_steps[-len(steps)].step]
+    row.utilisation = _utilisation(looks)
+
+
+def _utilisation(looks: Sequence[Devices]) -> tuple[float, ...]:
+    """What the driver says of each GPU that is used: the share of the time in which any kernel ran on it."""
+    found: dict[str, list[float]] = {}
+    for look in looks:
+        for reading in look.readings:
+            if reading.used and reading.device != "host" and reading.utilisation is not None:
+                found.setdefault(reading.device, []).append(reading.utilisation)
+    return tuple(round(statistics.mean(shares), 3) for shares in found.values())
 
 
 def write_rows(path: Path, rows: Sequence[Row], cap_gib: float | None) -> None:

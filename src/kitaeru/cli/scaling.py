@@ -100,7 +100,13 @@ def line_of(row: Row) -> str:
 def table_of(rows: Sequence[Row]) -> Table:
     """What was measured, with what was planned in brackets."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for title in (tr("way"), tr("tokens/s (planned)"), tr("over one"), tr("idle %"), tr("peak GiB (planned)")):
+    for title in (
+        tr("way"),
+        tr("tokens/s (planned)"),
+        tr("over one"),
+        tr("idle % (planned)"),
+        tr("peak GiB (planned)"),
+    ):
         table.add_column(title, justify="left" if title == tr("way") else "right")
     last = ""
     for row in rows:
@@ -115,7 +121,7 @@ def table_of(rows: Sequence[Row]) -> Table:
             f"  {row.way} · {row.devices}",
             f"{row.tokens_per_second:,.0f} ({row.predicted:,.0f})",
             f"{row.scaling:.2f}×" if row.scaling else "—",
-            "/".join(f"{100 * share:.0f}" for share in row.idle),
+            f"{_percents(row.idle)} ({_percents(row.predicted_idle)})",
             f"{_sizes(row.peak_gib)} ({_sizes(row.predicted_gib)})",
         )
     return table
@@ -129,6 +135,10 @@ def _sizes(gib: Sequence[float]) -> str:
     """
     texts = [f"{size:.1f}" for size in gib]
     return texts[0] if len(set(texts)) == 1 else "/".join(texts)
+
+
+def _percents(shares: Sequence[float]) -> str:
+    return "/".join(f"{100 * share:.0f}" for share in shares)
 
 
 def _cut(text: str, width: int = 60) -> str:
