@@ -46,9 +46,9 @@ def _config(family: str, layers: int) -> Any:
             return transformers.LlamaConfig(**shape, tie_word_embeddings=True)
         case "qwen3":
             return transformers.Qwen3Config(**shape, head_dim=8, tie_word_embeddings=False)
-        case "biased":
-            shape["num_key_value_heads"] = 4
-            return transformers.LlamaConfig(**shape, attention_bias=True, mlp_bias=True)
+        case "neox":
+            del shape["num_key_value_heads"]
+            return transformers.GPTNeoXConfig(**shape)
         case "gemma":
             return transformers.GemmaConfig(**shape, head_dim=8)
         case "mixtral":

@@ -36,7 +36,7 @@ def alone(crew, family, chat_data, valid_data, tmp_path_factory):
             folder = tmp_path_factory.mktemp("alone")
             options = {**HARD, **(LORA if method == "lora" else {}), **more, "method": method}
             options |= {"data__valid": str(valid_data), "model": family(name), "data": chat_data}
-            if name == "biased":  # gradients of nearly nought, of which Adam makes steps as large as any, are rounding
+            if name == "neox":  # gradients of nearly nought, of which Adam makes steps as large as any, are rounding
                 options["train__epsilon"] = 1e-5
             [wanted] = crew.run(folder, 1, crew.train, folder=folder / "run", **options)
             done[key] = options, wanted
@@ -54,7 +54,7 @@ def alone(crew, family, chat_data, valid_data, tmp_path_factory):
         ("qwen3", "pretrain", 2, {}),
         ("gemma", "lora", 2, {}),
         ("gemma", "full", 2, {"activations": "recompute"}),
-        ("biased", "full", 4, {}),
+        ("neox", "full", 4, {}),
         ("llama", "lora", 4, {"replicas": 2}),
         ("qwen3", "full", 4, {"replicas": 2}),
     ],

@@ -29,7 +29,7 @@ from kitaeru.data.types import MicroBatch
 from kitaeru.errors import ModelError
 from kitaeru.i18n import tr
 from kitaeru.kernels.linear_cross_entropy import IGNORED
-from kitaeru.model.layers import decoder_of
+from kitaeru.model.layers import decoder_of, layers_of
 from kitaeru.parallel import ddp, single
 from kitaeru.parallel.fsdp import arriving
 from kitaeru.parallel.reducer import Reducer
@@ -90,6 +90,7 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     device = torch.device("cuda", torch.cuda.current_device()) if layout.device == "cuda" else torch.device("cpu")
     model: Any = unit.model.get_base_model() if isinstance(unit.model, PeftModel) else unit.model
     seams = list(_seams(model, team.ranks))
+    _check(model, seams)
     before = _numbers(unit.model)
     if unit.parts is None:
         same_start(unit.model, named, world)
@@ -180,6 +181,18 @@ def _seams(model: PreTrainedModel, ranks: int) -> Iterator[_Seam]:
         if style != WHOLE and seam.linear.weight.shape[0 if style == COLUMN else 1] % ranks:
             raise _refused(model, tr("the width of {path} cannot be shared by {count}", path=path, count=ranks))
         yield seam
+
+
+def _check(model: PreTrainedModel, seams: Sequence[_Seam]) -> None:
+    """Beside parts of layers there must be nothing of which the plan does not speak: is its gradient a summand?"""
+    found = layers_of(model)
+    layers = set(found[1]) if found else set()
+    spoken_of = {id(p) for seam in seams for p in seam.module.parameters()}
+    for seam in seams:
+        for name, parameter in seam.parent.named_parameters() if seam.parent not in layers else ():
+            if id(parameter) not in spoken_of:
+                where = f"{seam.path.rpartition('.')[0]}.{name}"
+                raise _refused(model, tr("its authors do not say how {path} is cut", path=where))
 
 
 def _refused(model: nn.Module, why: str) -> ModelError:

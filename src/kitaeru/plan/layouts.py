@@ -34,7 +34,7 @@ SHARDED = ("fsdp", "zero3")
 # What families call the input table.
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
 # Strategies that are known to train exactly with a mixture's experts in few bits.
-EXPERTS_WHOLE = ("single", "ddp", "pipeline", "model_parallel")
+EXPERTS_PACKED = ("single", "ddp", "pipeline", "model_parallel", "fsdp")
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
 
 
@@ -151,10 +151,10 @@ def _int8_is_not_sharded(case: Case) -> str | None:
     return tr("LLM.int8 keeps its weights where {strategy} cannot cut them.", strategy=case.layout.strategy)
 
 
-def _packed_experts_are_whole(case: Case) -> str | None:
-    if case.layout.strategy in EXPERTS_WHOLE or case.shape is None or not packs_experts(case.layout.base, case.shape):
+def _packed_experts_are_known(case: Case) -> str | None:
+    if case.layout.strategy in EXPERTS_PACKED or case.shape is None or not packs_experts(case.layout.base, case.shape):
         return None
-    return tr("Experts in few bits are not cut into pieces: {names} leave them whole.", names=", ".join(EXPERTS_WHOLE))
+    return tr("Experts in few bits are trained by these strategies: {names}.", names=", ".join(EXPERTS_PACKED))
 
 
 def _tensor_needs_whole_weights(case: Case) -> str | None:
@@ -190,7 +190,8 @@ def _tensor_knows_the_layers(case: Case) -> str | None:
         return None
     if shape.experts:
         return tr("Tensor parallelism cuts no experts; a pipeline keeps them whole.")
-    if shape.fused_qkv or shape.fused_gate_up or shape.qk_norm == "full":
+    fused_qkv = shape.fused_qkv and shape.family != "gpt_neox"  # whose rows are in the order of heads
+    if fused_qkv or shape.fused_gate_up or shape.qk_norm == "full":
         return tr("Tensor parallelism cuts a layer by its heads, and in this model one weight or norm spans them all.")
     if shape.attention_dropout:
         return tr("Dropout of attention would be drawn for each device's own heads, otherwise than on one device.")
@@ -370,7 +371,7 @@ RULES: tuple[Rule, ...] = (
     _paged_needs_a_gpu,
     _pissa_needs_a_whole_base,
     _int8_is_not_sharded,
-    _packed_experts_are_whole,
+    _packed_experts_are_known,
     _tensor_needs_whole_weights,
     _tensor_divides_heads,
     _tensor_knows_the_layers,
