@@ -160,7 +160,7 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weights: Tensor, index: Tensor, stacks: Any, activation: Activation, adapters: Any, *_: Any
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):  # kernels start where x is
             routing = route(index, stacks[0].shape[0])
             both, thin1 = _site(x[routing.tokens], stacks[0], adapters[0], routing)
             active = gated(both, activation, x.dtype, 0, x.dtype)[0].data
@@ -178,7 +178,7 @@ class _Experts(torch.autograd.Function):
         (gate_up, down), activation, (adapter1, adapter2) = ctx.of
         routing = Routing(slots, ends, ctx.bounds, weights.shape[1])
         tokens, by = routing.tokens, weights.reshape(-1)[slots, None]
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):  # kernels start where x is
             g = upstream[0][tokens]
             of_active, dthin2 = _site_backward(g, down, adapter2, routing)
             gate, up = both.chunk(2, 1)

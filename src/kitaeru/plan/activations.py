@@ -13,6 +13,7 @@ from kitaeru.plan.stored import (
     adapter_parameters,
     adapts_experts,
     compute_bytes,
+    expert_adapter_parameters,
     packs_experts,
     residual_bytes,
     saved_whole,
@@ -159,14 +160,17 @@ def kept_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
 
 
 def cast_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
-    """16-bit copies of linear layers' trained 32-bit weights, which autocast makes and keeps in a forward pass."""
+    """16-bit copies of linear layers' trained 32-bit weights, which autocast makes and keeps in a forward pass; those
+    of packed experts' adapters are made for each pass and let go.
+    """
     if fused.is_fused(layout):
         return fused.held_always(layout, shape, lora)[1]
     if compute_bytes(layout) == 4:
         return 0
-    return 2 * (
-        shape.linear_parameters() if trains_all(layout) else adapter_parameters(shape, lora) - saved_whole(shape, lora)
-    )
+    if trains_all(layout):
+        return 2 * shape.linear_parameters()
+    passing = expert_adapter_parameters(shape, lora) if packs_experts(layout.base, shape) else 0
+    return 2 * (adapter_parameters(shape, lora) - saved_whole(shape, lora) - passing)
 
 
 def score_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> tuple[int, int]:

@@ -100,10 +100,18 @@ def adapter_parameters(shape: ModelShape, lora: LoraSection) -> int:
     total = 0
     for linear in adapted(shape, lora):
         total += linear.count * (lora.r * (linear.inputs + linear.outputs) + (linear.outputs if lora.dora else 0))
-    if adapts_experts(shape, lora):  # the fused gate and up get twice the rank; the router has an adapter too
-        mixtures, h, f = shape.layers - shape.dense_layers, shape.hidden, shape.expert_intermediate
-        total += mixtures * (shape.experts * lora.r * (2 * (h + 2 * f) + h + f) + lora.r * (h + shape.experts))
+    if adapts_experts(shape, lora):  # the router has an adapter too
+        routers = (shape.layers - shape.dense_layers) * lora.r * (shape.hidden + shape.experts)
+        total += expert_adapter_parameters(shape, lora) + routers
     return total + saved_whole(shape, lora)
+
+
+def expert_adapter_parameters(shape: ModelShape, lora: LoraSection) -> int:
+    """Those of the adapters on stacked experts: the fused gate and up get twice the rank."""
+    if not adapts_experts(shape, lora):
+        return 0
+    h, f = shape.hidden, shape.expert_intermediate
+    return (shape.layers - shape.dense_layers) * shape.experts * lora.r * (2 * (h + 2 * f) + h + f)
 
 
 def trained_parameters(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
