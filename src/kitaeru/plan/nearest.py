@@ -25,6 +25,8 @@ def not_legal(problem: Problem, reasons: Sequence[str]) -> PlanError:
     recipe = problem.recipe
     if recipe.limits.device == "cuda" and problem.device is None:
         remedy = tr("Leave `limits.device` out to train on the CPU, or look for the GPU with `kitaeru doctor`.")
+    elif recipe.strategy == "single" and problem.hardware.hosts > 1:
+        remedy = tr("Leave `strategy` out.")
     elif recipe.train.precision in ("bf16", "fp16"):
         remedy = tr("Leave `train.precision` out.")
     elif recipe.strategy not in ("auto", "single"):

@@ -130,3 +130,7 @@ def test_one_host_and_a_file(written: Any, in_tmp: Path, capsys: pytest.CaptureF
     assert "#SBATCH --nodes=1\n" in text
     assert "#SBATCH --gres=gpu:1\n" in text
     assert settings_of(command_of(text))["limits.devices"] == "1"
+
+
+def test_a_recipe_for_one_device_on_several_hosts(written: Any) -> None:
+    assert "Leave `strategy` out." in written("slurm", "--set", "strategy=single", code=2)
