@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -149,6 +150,41 @@ def test_restarts_from_the_last_checkpoint(one, new_folder, tmp_path):
     assert folder.lines("run_started") == 2
     assert folder.events(RunStarted)[-1].resumed_step >= 10
     assert_same(folder, one)
+
+
+def test_ranks_killed_at_random_moments(one, new_folder, tmp_path):
+    dice = random.Random(time.time_ns() if os.environ.get("KITAERU_RANDOM_KILLS") else 4)
+    folder = new_folder(tmp_path, **TWO, limits__max_restarts=3)
+    started = folder.start()
+    for attempt in range(3):
+        folder.wait_for("run_started", started, count=attempt + 1)
+        time.sleep(dice.uniform(0, 0.8))
+        os.kill(rank(folder, dice.randrange(2))["pid"], signal.SIGKILL)
+    assert started.wait() == 0, started.said
+    assert_nobody_left(started.pid)
+    assert folder.lines("run_started") == 4
+    assert_same(folder, one)
+
+
+def test_nobody_is_left_when_the_program_itself_is_killed(one, new_folder, tmp_path):
+    folder = new_folder(tmp_path, **TWO)
+    started = folder.start()
+    folder.wait_for("step", started, count=7)
+    os.kill(started.pid, signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL
+    assert_nobody_left(started.pid)
+    folder.train("--resume")
+    assert_same(folder, one)
+
+
+def test_a_sigterm_to_everybody_is_survived_until_all_is_saved(new_folder, tmp_path):
+    folder = new_folder(tmp_path, **(TWO | {"train__max_steps": 4000}))
+    started = folder.start()
+    folder.wait_for("step", started, count=7)
+    os.killpg(started.pid, signal.SIGTERM)  # as schedulers do
+    assert started.wait() == 130, started.said
+    assert_nobody_left(started.pid)
+    assert folder.checkpoints()[-1] == f"step-{losses(folder)[-1][0]:08d}"
 
 
 def test_interrupted_and_resumed_on_one_device_more(one, new_folder, tmp_path):

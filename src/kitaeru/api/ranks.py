@@ -131,7 +131,7 @@ def _worker(folder: str, show: Show, lang: str, team: Team) -> tuple[str, ...]:
     from kitaeru.engine.launch import begin_worker
     from kitaeru.engine.place import meet
 
-    begin_worker()
+    begin_worker(team.agent)
     set_language(lang)
     place = team.place()
     try:

@@ -47,7 +47,7 @@ FILES = ("recipe.yaml", "plan.json", RUNG)
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of one host in one attempt: `local` of `size`, from rank `first` on."""
+    """The processes of one host in one attempt: `local` of `size`, from rank `first` on, started by `agent`."""
 
     first: int
     local: int
@@ -57,6 +57,7 @@ class Team:
     attempt: int
     restarts: int
     resume: bool
+    agent: int = field(default_factory=os.getpid)
 
     def place(self, environment: Mapping[str, str] = os.environ) -> Place:
         """The place of a process that torch's agent has started."""

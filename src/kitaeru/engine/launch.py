@@ -7,14 +7,15 @@ touched no GPU, so that starting N of them takes as long as starting one.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,7 +36,6 @@ from kitaeru.i18n import tr
 
 # After one has failed, the others get so long to go before they are killed.
 SHUTDOWN_SECONDS = 8
-_PR_SET_PDEATHSIG = 1
 
 
 def launch(folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...], team: Team) -> Any:
@@ -89,13 +89,23 @@ def _start_forkserver() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def begin_worker() -> None:
-    """What a worker does first: hear SIGTERM again, and die with those who started it, however they die."""
+def begin_worker(agent: int) -> None:
+    """What a worker does first: hear SIGTERM again, and end with the process that started it, however that ends.
+
+    The process it was forked from lives as long as any worker does.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
-        os._exit(1)
+    threading.Thread(target=_end_with, args=(agent,), name="agent", daemon=True).start()
+
+
+def _end_with(process: int) -> None:
+    try:
+        select.select([os.pidfd_open(process)], [], [])
+    except ProcessLookupError:
+        pass  # it has gone already
+    except OSError:
+        return  # a system without such handles
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _has(name: str) -> bool:
