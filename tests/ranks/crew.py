@@ -244,8 +244,10 @@ def packed(world: Any, *, folder: Path, model: Path, data: Path, **options: Any)
     from kitaeru.engine import build
     from kitaeru.events import Evaluated
     from kitaeru.model import parts
+    from kitaeru.model.experts import STACKS, PackedExperts
     from kitaeru.parallel.start import hash_frozen
 
+    kinds = (bnb.nn.Linear4bit, PackedExperts)
     layers: list[int] = []
     read = parts.Parts.read
 
@@ -270,6 +272,10 @@ def packed(world: Any, *, folder: Path, model: Path, data: Path, **options: Any)
                 for key, value in state.as_dict(packed=True).items():
                     found[f"{name}/{key}"] = digest(value)
                 found[f"{name}/values"] = digest(bnb.functional.dequantize_4bit(whole.cpu(), state))
+            if isinstance(module, PackedExperts):
+                found |= {f"{name}/{own}": digest(buffer) for own, buffer in module.named_buffers(recurse=False)}
+                for own, stack in module.named_parameters(recurse=False):
+                    found[f"{name}/{own}"] = digest(stack.full_tensor() if isinstance(stack, DTensor) else stack.data)
         return found
 
     def gathered() -> dict[str, str]:
@@ -278,12 +284,16 @@ def packed(world: Any, *, folder: Path, model: Path, data: Path, **options: Any)
 
         def look(name: str, module: Any) -> Any:
             def hook(*_: Any) -> None:
-                seen[f"{name}/used"] = digest(bnb.functional.dequantize_4bit(module.weight.data, module.quant_state))
+                if isinstance(module, PackedExperts):
+                    seen[f"{name}/used"] = digest(torch.cat([module.whole(own).flatten() for own in STACKS]))
+                else:
+                    whole = bnb.functional.dequantize_4bit(module.weight.data, module.quant_state)
+                    seen[f"{name}/used"] = digest(whole)
 
             return module.register_forward_pre_hook(hook)
 
         modules = trainee.causal_lm.named_modules()
-        hooks = [look(name, module) for name, module in modules if isinstance(module, bnb.nn.Linear4bit)]
+        hooks = [look(name, module) for name, module in modules if isinstance(module, kinds)]
         build._probe_logits(trainee, build._probe(trainee, (9, 6)))
         for hook in hooks:
             hook.remove()
@@ -292,8 +302,9 @@ def packed(world: Any, *, folder: Path, model: Path, data: Path, **options: Any)
     before = digests() | gathered()
     run.run()
     frozen = hash_frozen(trainee.model) == trainee.frozen_hash
-    modules = [m for m in trainee.causal_lm.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    local = [m.weight.to_local() if isinstance(m.weight, DTensor) else m.weight for m in modules]
+    modules = [m for m in trainee.causal_lm.modules() if isinstance(m, kinds)]
+    here = [p for m in modules for p in m.parameters(recurse=False) if p.dtype == torch.uint8]
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in here]
     return {
         "before": before,
         "after": digests() | gathered(),

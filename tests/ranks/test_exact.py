@@ -21,7 +21,7 @@ LORA = {"lora__dropout": 0.1, "lora__r": 4, "train__neftune_alpha": 5.0}
 
 def options_of(name, method, valid):
     """LoRA's own trials with it; PEFT has no dropout for the stacked experts of a mixture."""
-    lora = {} if method in ("full", "pretrain") else LORA | ({"lora__dropout": 0.0} if name == "mixtral" else {})
+    lora = {} if method in ("full", "pretrain") else LORA | ({"lora__dropout": 0.0} if "mixtral" in name else {})
     return {**HARD, **lora, "data__valid": str(valid)}
 
 
@@ -180,6 +180,7 @@ def test_pieces_are_the_same_training(crew, family, chat_data, valid_data, refer
         (3, "qwen3", {}),
         (4, "qwen3", {"shards": 2}),
         (2, "qwen3", {"variant": "offload"}),
+        (2, "wide mixtral", {}),
     ],
 )
 def test_a_base_in_4_bits_is_carried_unchanged(crew, family, chat_data, valid_data, tmp_path, ranks, name, how):

@@ -78,15 +78,16 @@ def test_both_cards_are_used_where_that_is_built() -> None:
 def test_mixtral_needs_its_experts_in_4_bits_over_both_cards() -> None:
     found = look("mistralai/Mixtral-8x7B-v0.1")
     fitting = [candidate for candidate in found.candidates if candidate.fits]
-    in_ram = [c for c in fitting if c.layout.way == "fsdp-offload"]  # 16-bit experts in RAM, a layer at a time
+    in_ram = [c for c in fitting if c.layout.way == "fsdp-offload"]  # in RAM, a layer at a time
     assert in_ram
     fitting = [c for c in fitting if c not in in_ram]
     assert fitting
-    assert all(c.layout.base == "nf4" and c.built for c in fitting)
-    assert {c.layout.strategy for c in fitting} == {"pipeline", "model_parallel"}  # one card does not hold 24.5 GB
+    assert all(c.layout.base == "nf4" for c in fitting)
+    cut = {"pipeline", "model_parallel", "fsdp"}  # one card does not hold 24.5 GB
+    assert {c.layout.strategy for c in fitting if c.built} == cut
     assert any(c.layout.strategy == "pipeline" and c.layout.cuts == (16, 16) for c in fitting)
     assert found.plan is not None
-    assert found.plan.layout.strategy == "pipeline"
+    assert found.plan.layout.strategy in ("pipeline", "fsdp")
     stored = found.plan.chosen.memory
     assert 11.5e9 < stored["weights"] + stored["quantization"] < 13e9
 
