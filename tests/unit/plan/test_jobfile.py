@@ -133,4 +133,4 @@ def test_one_host_and_a_file(written: Any, in_tmp: Path, capsys: pytest.CaptureF
 
 
 def test_a_recipe_for_one_device_on_several_hosts(written: Any) -> None:
-    assert "Leave `strategy` out." in written("slurm", "--set", "strategy=single", code=2)
+    assert "Leave `strategy` out." in written("slurm", "--set", "strategy=single", code=1)
