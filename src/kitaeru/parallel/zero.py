@@ -220,6 +220,9 @@ def losses(held: Held, work: Work) -> dict[int, torch.Tensor]:
 def reduce(held: Held) -> None:
     """DeepSpeed has summed them: show them at the pieces, in the memory that its step reads."""
     own: _Engine = held.state
+    device = single.device_of(held)
+    if own.offloaded and device.type == "cuda":
+        torch.cuda.synchronize(device)  # they are on their way to RAM, where they are read next
     for name, piece in held.named:
         at = own.pieces[name]
         piece.grad = _gradient(own, at).reshape(-1)[: at.count] if at.count else torch.zeros_like(piece)
@@ -291,6 +294,8 @@ class _Driven(torch.optim.Optimizer):
             if all(self.state.get(piece) is self._given.get(piece) for _, piece in members):
                 continue
             self._base.state.pop(flat, None)
+            for _, piece in members:
+                self._given.pop(piece, None)  # or what was cleared stays in memory beside its successor
             states = [self.state[piece] for _, piece in members if self.state.get(piece)]
             if states:
                 self._base.state[flat] = self._together(flat, members, states)
