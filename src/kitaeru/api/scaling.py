@@ -191,7 +191,7 @@ def measure(subject: Subject, hardware: Hardware, bench: Bench, tell: Callable[[
     """A row for every way, told as soon as it is there; one device first."""
     rows: list[Row] = []
     for devices in dict.fromkeys((1, bench.devices)):
-        for row, wish in _ways(subject, hardware, bench, devices):
+        for row, wish in ways(subject, hardware, bench, devices):
             if wish is not None:
                 run_row(row, wish, bench)
             alone = [r for r in (*rows, row) if (r.devices, r.method, r.outcome) == (1, row.method, "ok")]
@@ -202,7 +202,7 @@ def measure(subject: Subject, hardware: Hardware, bench: Bench, tell: Callable[[
     return rows
 
 
-def _ways(subject: Subject, hardware: Hardware, bench: Bench, devices: int) -> Iterator[tuple[Row, Recipe | None]]:
+def ways(subject: Subject, hardware: Hardware, bench: Bench, devices: int) -> Iterator[tuple[Row, Recipe | None]]:
     """The ways to use so many devices, each with the recipe that pins it; without one it cannot run, and says why."""
     wish, shape = _changed(subject.wish, {"limits": {"devices": devices}}), find_shape(subject.wish.model.name)
     candidates: list[Candidate] = []
