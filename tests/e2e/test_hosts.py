@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -129,6 +130,17 @@ def test_a_host_that_is_cut_off_is_named_and_comes_back(network, one, new_folder
     assert [event.resumed_step == 0 for event in starts] == [True, False]
     assert not (pair.folders[1].run / "checkpoints").exists()  # no disk is shared
     assert (pair.folders[1].run / "plan.json").read_bytes() == (pair.first.run / "plan.json").read_bytes()
+
+
+def test_a_copy_on_each_host_cut_among_its_processes(network, one, new_folder, tmp_path):
+    """HSDP: four ranks, two on a host, each host with a copy in two pieces."""
+    changes = {"strategy": "fsdp", "limits__devices": 4, "limits__split_over": 2}
+    pair = Pair(new_folder, tmp_path, **(TWO | changes))
+    assert pair.wait() == [0, 0], pair.said(0) + pair.said(1)
+    assert_same(pair.first, one)
+    layout = json.loads((pair.folders[1].run / "plan.json").read_text())["chosen"]["layout"]
+    assert (layout["strategy"], layout["devices"], layout["shards"]) == ("fsdp", 4, 2)
+    assert sorted(path.name for path in (pair.folders[1].run / "logs").glob("*.json")) == ["rank-2.json", "rank-3.json"]
 
 
 def test_without_restarts_both_hosts_end_and_the_run_goes_on_with_resume(network, one, new_folder, tmp_path):
