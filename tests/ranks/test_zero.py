@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 
-pytest.importorskip("deepspeed", reason="the extra is not installed: pip install 'kitaeru[deepspeed]'")
+pytestmark = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="the extra is not installed: pip install 'kitaeru[deepspeed]'"
+)
 
 STEPS = 6
 # Accumulation (a global batch is several micro-batches of uneven length), packing, clipping that bites, decay, dropout.
