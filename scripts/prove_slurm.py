@@ -61,6 +61,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
+KillWait=3
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs={cpus} RealMemory={memory} State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs={cpus} RealMemory={memory} State=UNKNOWN
@@ -146,6 +147,7 @@ class Job:
         shell("bash", "-n", f"{name}.sbatch", cwd=work, quiet=True)
         said = shell("sbatch", f"{name}.sbatch", cwd=work)
         self.number = said.split()[-1]
+        self.pending = 0
         self.log = work / f"{name}-{self.number}.log"
 
     def steps(self) -> list[int]:
@@ -157,7 +159,9 @@ class Job:
 
     def _has_ended(self) -> bool:
         state = self.state()
-        if state == "PENDING" and self.steps():  # put back: Slurm lets two minutes go by unless told otherwise
+        # Put back: Slurm lets two minutes go by unless told otherwise, and must be done with the killing before.
+        self.pending = self.pending + 1 if state == "PENDING" and self.steps() else 0
+        if self.pending > 75:
             subprocess.run(["scontrol", "update", f"JobId={self.number}", "StartTime=now"], capture_output=True)
         return state not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 
