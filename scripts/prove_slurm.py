@@ -107,6 +107,10 @@ def cluster(at: Path) -> Iterator[None]:
         until("both nodes are idle", lambda: shell("sinfo", "-h", "-o", "%D %t", quiet=True).strip() == "2 idle", 30)
         yield
     finally:
+        subprocess.run(
+            ["scancel", "--user=root"], capture_output=True
+        )  # of this cluster; there are none if all went well
+        time.sleep(2)
         for file in (at / "slurmd-n1.pid", at / "slurmd-n2.pid", at / "slurmctld.pid", at / "munge" / "pid"):
             if file.exists():
                 stop(int(file.read_text()))
