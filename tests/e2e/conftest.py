@@ -29,6 +29,23 @@ class Started:
     def said(self) -> str:
         return self.output.read_text(encoding="utf-8", errors="replace")
 
+    def assert_nobody_left(self) -> None:
+        """Every process of its session has gone: no rank, no zombie, nothing that holds a port."""
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            left = []
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                try:
+                    fields = stat.read_text().rpartition(")")[2].split()
+                except OSError:
+                    continue
+                if int(fields[3]) == self.pid:
+                    left.append(stat.parent.name)
+            if not left:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"still there: {left}")
+
 
 class Starter:
     """The process of starter.py."""

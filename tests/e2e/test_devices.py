@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -42,24 +41,6 @@ def rank(folder, number):
     return json.loads((folder.run / "logs" / f"rank-{number}.json").read_text())
 
 
-def assert_nobody_left(session):
-    """Every process of a session has gone: no rank, no zombie, nothing that holds a port."""
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        left = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == session:
-                left.append(stat.parent.name)
-        if not left:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"still there: {left}")
-
-
 def killed(folder, number, how, *more):
     """Start, hurt a rank in the middle of the run; the exit code and the seconds until everything had ended."""
     started = folder.start(*more)
@@ -68,7 +49,7 @@ def killed(folder, number, how, *more):
     os.kill(rank(folder, number)["pid"], how)
     code = started.wait()
     seconds = time.monotonic() - began
-    assert_nobody_left(started.pid)
+    started.assert_nobody_left()
     return code, seconds, started.said
 
 
@@ -161,7 +142,7 @@ def test_ranks_killed_at_random_moments(one, new_folder, tmp_path):
         time.sleep(dice.uniform(0, 0.8))
         os.kill(rank(folder, dice.randrange(2))["pid"], signal.SIGKILL)
     assert started.wait() == 0, started.said
-    assert_nobody_left(started.pid)
+    started.assert_nobody_left()
     assert folder.lines("run_started") == 4
     assert_same(folder, one)
 
@@ -172,7 +153,7 @@ def test_nobody_is_left_when_the_program_itself_is_killed(one, new_folder, tmp_p
     folder.wait_for("step", started, count=7)
     os.kill(started.pid, signal.SIGKILL)
     assert started.wait() == -signal.SIGKILL
-    assert_nobody_left(started.pid)
+    started.assert_nobody_left()
     folder.train("--resume")
     assert_same(folder, one)
 
@@ -183,7 +164,7 @@ def test_a_sigterm_to_everybody_is_survived_until_all_is_saved(new_folder, tmp_p
     folder.wait_for("step", started, count=7)
     os.killpg(started.pid, signal.SIGTERM)  # as schedulers do
     assert started.wait() == 130, started.said
-    assert_nobody_left(started.pid)
+    started.assert_nobody_left()
     assert folder.checkpoints()[-1] == f"step-{losses(folder)[-1][0]:08d}"
 
 
@@ -199,7 +180,7 @@ def test_interrupted_and_resumed_on_one_device_more(one, new_folder, tmp_path):
     folder.wait_for("step", started, count=20)
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does: everyone hears it
     assert started.wait() == 130, started.said
-    assert_nobody_left(started.pid)
+    started.assert_nobody_left()
     folder.train("--resume")
     assert_same(folder, one)
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from test_devices import assert_nobody_left
 
 from kitaeru.events import Evaluated, RunStarted, Step
 
@@ -87,7 +86,7 @@ class Pair:
     def wait(self) -> list[int]:
         codes = [started.wait() for started in self.started]
         for started in self.started:
-            assert_nobody_left(started.pid)
+            started.assert_nobody_left()
         assert_port_is_free()
         return codes
 
