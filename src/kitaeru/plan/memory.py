@@ -125,7 +125,7 @@ def _experts_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> 
     ...                      experts_per_token=2)
     >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda")
     >>> _experts_workspace(layout, mixtral, LoraSection(targets=("q_proj",))) // 2**20
-    1216
+    1184
     """
     c, pairs = compute_bytes(layout), layout.micro_batch_tokens * shape.experts_per_token
     sizes = [rows * columns for rows, columns in expert_stacks(shape)]

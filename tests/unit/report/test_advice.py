@@ -268,10 +268,16 @@ def test_the_baseline_of_two_a5000(baseline: tuple[str, str]) -> None:
     assert "kitaeru plan elyza/Llama-3-ELYZA-JP-8B --gpus '2x RTX A5000' --what-if 'add 1 GPU'" in markdown
     for model in list(SHELF)[:4]:
         assert model in markdown
-    assert re.search(r"kitaeru train \S+70B\S* --data my.jsonl --set limits.offload_folder=offload", markdown)
+    assert re.search(r"kitaeru train \S+70B\S* --data my.jsonl$", markdown, re.MULTILINE)
     outline = Outline(html)
     # Four memory bars, a bar for each way, two lanes for each day, and the curve of scaling.
     assert outline.tags.count("svg") >= 4 + 5 + 2 * 5 + 1
+
+
+def test_what_one_card_trains_from_a_disk() -> None:
+    hardware = parse_gpus("1x RTX 3090", "64GB")
+    _, markdown = pages(advise(Facts(from_model(ELYZA, hardware), hardware, ("--gpus", "1x RTX 3090"))))
+    assert re.search(r"kitaeru train \S+ --data my.jsonl --set limits.offload_folder=offload", markdown)
 
 
 def test_the_twins_say_the_same(baseline: tuple[str, str]) -> None:
