@@ -31,17 +31,18 @@ def network() -> Iterator[None]:
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("making hosts takes iproute2 and root")
     try:
-        for host in HOSTS:
-            ip("netns", "add", host)
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"this machine allows no network namespaces: {error.stderr.strip()}")
-    try:
-        ip("link", "add", HOSTS[0], "type", "veth", "peer", "name", HOSTS[1])
-        for host, address in zip(HOSTS, ADDRESSES, strict=True):
-            ip("link", "set", host, "netns", host)
-            ip("-n", host, "addr", "add", f"{address}/24", "dev", host)
-            ip("-n", host, "link", "set", "lo", "up")
-            ip("-n", host, "link", "set", host, "up")
+        try:
+            for host in HOSTS:
+                ip("netns", "add", host)
+            ip("link", "add", HOSTS[0], "type", "veth", "peer", "name", HOSTS[1])
+            for host, address in zip(HOSTS, ADDRESSES, strict=True):
+                ip("link", "set", host, "netns", host)
+                ip("-n", host, "addr", "add", f"{address}/24", "dev", host)
+                ip("-n", host, "link", "set", "lo", "up")
+                ip("-n", host, "link", "set", host, "up")
+            ip("netns", "exec", HOSTS[0], "true")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"this machine allows no network namespaces: {error.stderr.strip()}")
         yield
     finally:
         for host in HOSTS:
