@@ -28,8 +28,8 @@ def ip(*words: str) -> None:
 @pytest.fixture(scope="module")
 def network() -> Iterator[None]:
     """Two hosts joined by a cable."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("making hosts takes iproute2 and root")
+    if shutil.which("ip") is None or shutil.which("unshare") is None or os.geteuid() != 0:
+        pytest.skip("making hosts takes iproute2, util-linux and root")
     try:
         try:
             for host in HOSTS:
@@ -40,7 +40,7 @@ def network() -> Iterator[None]:
                 ip("-n", host, "addr", "add", f"{address}/24", "dev", host)
                 ip("-n", host, "link", "set", "lo", "up")
                 ip("-n", host, "link", "set", host, "up")
-            ip("netns", "exec", HOSTS[0], "true")
+            ip("netns", "exec", HOSTS[0], "unshare", "--uts", "true")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"this machine allows no network namespaces: {error.stderr.strip()}")
         yield
