@@ -41,17 +41,7 @@ def no_layout(problem: Problem, candidates: Sequence[Candidate], price: Pricer) 
     usable = [candidate for candidate in candidates if candidate.built]
     if not usable:
         return not_built(candidates)
-    smallest = min(usable, key=lambda candidate: candidate.peak_bytes)
-    what = tr(
-        "{model} does not fit: the smallest layout ({method}, {tokens} tokens at a time) needs {need:.1f} GB, "
-        "and {device} has {free:.1f} GB free.",
-        model=problem.recipe.model.name,
-        method=smallest.layout.method,
-        tokens=smallest.layout.micro_batch_tokens,
-        need=needed_bytes(smallest.layout, smallest.peak_bytes) / GB,
-        device=problem.device_name,
-        free=free_bytes(problem) / GB,
-    )
+    what = _too_large(problem, usable)
     remedy = _nearest(problem, price)
     waiting = [candidate for candidate in candidates if candidate.fits]
     if waiting:
@@ -66,6 +56,32 @@ def no_layout(problem: Problem, candidates: Sequence[Candidate], price: Pricer) 
             sentence = tr("{name} would fit, but is not built yet.", name=best.layout.name)
         return PlanError(what, remedy=f"{sentence} {remedy}" if remedy else sentence)
     return PlanError(what, remedy=remedy or _hopeless(problem))
+
+
+def _too_large(problem: Problem, usable: Sequence[Candidate]) -> str:
+    """What the smallest layout needs and what there is: of RAM, where one would fit on the devices."""
+    model = problem.recipe.model.name
+    short = [c for c in usable if needed_bytes(c.layout, c.peak_bytes) <= free_bytes(problem)]
+    if short:
+        least = min(short, key=lambda candidate: candidate.host_bytes)
+        return tr(
+            "{model} does not fit: {name} needs {need:.0f} GB of RAM, and {free:.0f} GB are free.",
+            model=model,
+            name=least.layout.name,
+            need=least.host_bytes / GB,
+            free=problem.hardware.host_free_bytes / GB,
+        )
+    smallest = min(usable, key=lambda candidate: candidate.peak_bytes)
+    return tr(
+        "{model} does not fit: the smallest layout ({method}, {tokens} tokens at a time) needs {need:.1f} GB, "
+        "and {device} has {free:.1f} GB free.",
+        model=model,
+        method=smallest.layout.method,
+        tokens=smallest.layout.micro_batch_tokens,
+        need=needed_bytes(smallest.layout, smallest.peak_bytes) / GB,
+        device=problem.device_name,
+        free=free_bytes(problem) / GB,
+    )
 
 
 def not_built(candidates: Sequence[Candidate]) -> PlanError:
