@@ -88,3 +88,29 @@ def family(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory):
         return made[name, layers]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hard(crew: ModuleType, family, chat_data: Path, valid_data: Path):
+    """`hard("llama", "lora")`: a run that is hard to get the same, of a model of two layers or more."""
+
+    def make(name: str, method: str, layers: int = 2, **more: Any) -> dict[str, Any]:
+        own = {"model": family(name, layers), "data": chat_data, "method": method, "data__valid": str(valid_data)}
+        return crew.options_of(name, method) | own | more
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def alone(crew: ModuleType, hard, tmp_path_factory: pytest.TempPathFactory):
+    """`alone("llama", "lora")`: what such a run gives on one process."""
+    done: dict[Any, Any] = {}
+
+    def get(name: str, method: str, layers: int = 2, **more: Any) -> Any:
+        key = (name, method, layers, *sorted(more.items()))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("alone")
+            [done[key]] = crew.run(folder, 1, crew.train, folder=folder / "run", **hard(name, method, layers, **more))
+        return done[key]
+
+    return get

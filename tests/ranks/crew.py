@@ -20,6 +20,87 @@ if str(TESTS) not in sys.path:
     sys.path[:0] = [str(TESTS), str(Path(__file__).parent)]
 
 
+STEPS = 6
+# Accumulation (a global batch is several micro-batches of uneven length), packing, clipping that bites, decay, dropout.
+HARD = {
+    "train__max_steps": STEPS,
+    "train__learning_rate": 3e-3,
+    "train__global_batch_tokens": 300,
+    "train__max_grad_norm": 0.05,
+    "train__weight_decay": 0.1,
+    "train__warmup_steps": 1,
+    "micro_batch_tokens": 64,
+}
+LORA = {"lora__dropout": 0.1, "lora__r": 4, "train__neftune_alpha": 5.0}
+# A rate that does not depend on the run's length, so that a part of it can be run.
+RUN = {
+    "train__max_steps": 9,
+    "train__learning_rate": 3e-3,
+    "train__global_batch_tokens": 300,
+    "train__schedule": "constant",
+    "train__warmup_steps": 0,
+    "train__save_every": 3,
+    "train__keep_checkpoints": 9,
+    "train__keep_best": False,
+    "train__weight_decay": 0.1,
+    "micro_batch_tokens": 64,
+}
+
+
+def options_of(name: str, method: str) -> dict[str, Any]:
+    """`HARD`, with LoRA's own trials; PEFT has no dropout for the stacked experts of a mixture."""
+    if method in ("full", "pretrain"):
+        options: dict[str, Any] = dict(HARD)
+    else:
+        options = {**HARD, **LORA, **({"lora__dropout": 0.0} if "mixtral" in name else {})}
+    if name == "neox":  # gradients of nearly nought, of which Adam makes steps as large as any, are rounding
+        options["train__epsilon"] = 1e-5
+    return options
+
+
+def far(ours: Any, theirs: Any) -> float:
+    """The largest relative difference, tensor by tensor."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-6)) for n in theirs)
+
+
+def written(folder: str | Path) -> Any:
+    """The weights in the only file of a result."""
+    from safetensors.torch import load_file
+
+    [file] = Path(folder).glob("*.safetensors")
+    return load_file(file)
+
+
+def moved(parts: Any, wanted: Any, place: Path, **options: Any) -> None:
+    """Three steps under each of the strategies are the nine steps of `wanted`, and the result is the same files."""
+    import pytest
+
+    losses, steps = [], []
+    for part, (strategy, ranks, how) in enumerate(parts):
+        answers = run(
+            place / str(part),
+            ranks,
+            train,
+            folder=place / "run",
+            strategy=strategy,
+            resume=part > 0,
+            write=part == len(parts) - 1,
+            stop_at=3 * (part + 1),
+            **options,
+            **how,
+            **RUN,
+        )
+        losses += answers[0]["losses"]
+        steps += answers[0]["steps"]
+    assert steps == list(range(1, 10))
+    assert losses == pytest.approx(wanted["losses"], rel=1e-5)
+    # What is put together on one rank only, is so on the first.
+    weights = {name: weight for answer in reversed(answers) for name, weight in answer["weights"].items()}
+    assert far(weights, wanted["weights"]) <= 1e-5
+    assert far(written(answers[0]["result"]), written(wanted["result"])) <= 1e-5
+
+
 def run(place: Path, ranks: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
     """`function(world, **arguments)` on each of `ranks` processes; what each gave. A failure on any is raised here."""
     place.mkdir(parents=True, exist_ok=True)

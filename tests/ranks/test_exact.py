@@ -5,69 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-STEPS = 6
-# Accumulation (a global batch is several micro-batches of uneven length), packing, clipping that bites, decay, dropout.
-HARD = {
-    "train__max_steps": STEPS,
-    "train__learning_rate": 3e-3,
-    "train__global_batch_tokens": 300,
-    "train__max_grad_norm": 0.05,
-    "train__weight_decay": 0.1,
-    "train__warmup_steps": 1,
-    "micro_batch_tokens": 64,
-}
-LORA = {"lora__dropout": 0.1, "lora__r": 4, "train__neftune_alpha": 5.0}
-
-
-def options_of(name, method, valid):
-    """LoRA's own trials with it; PEFT has no dropout for the stacked experts of a mixture."""
-    lora = {} if method in ("full", "pretrain") else LORA | ({"lora__dropout": 0.0} if "mixtral" in name else {})
-    return {**HARD, **lora, "data__valid": str(valid)}
-
-
-@pytest.fixture(scope="session")
-def reference(crew, family, chat_data, valid_data, tmp_path_factory):
-    """`reference("llama", "lora")`: the same run on one process, of a model of two layers or more."""
-    done = {}
-
-    def get(name, method, layers=2):
-        if (name, method, layers) not in done:
-            folder = tmp_path_factory.mktemp("single")
-            options = options_of(name, method, valid_data)
-            model = family(name, layers)
-            arguments = {"folder": folder / "run", "model": model, "data": chat_data, "method": method}
-            [answer] = crew.run(folder, 1, crew.train, **arguments, **options)
-            done[name, method, layers] = answer
-        return done[name, method, layers]
-
-    return get
-
-
-def far(ours, theirs):
-    """The largest relative difference, tensor by tensor."""
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-6)) for n in theirs)
-
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "mixtral"])
 @pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 2), ("ddp", 4), ("fsdp", 2)])
-def test_same_losses_and_weights(
-    crew, family, chat_data, valid_data, reference, tmp_path, name, method, strategy, ranks
-):
-    options = options_of(name, method, valid_data)
-    arguments = {"folder": tmp_path / "run", "model": family(name), "data": chat_data, "method": method}
-    answers = crew.run(tmp_path, ranks, crew.train, strategy=strategy, **arguments, **options)
-    wanted = reference(name, method)
-    assert wanted["steps"] == list(range(1, STEPS + 1))
-    assert min(wanted["norms"]) > HARD["train__max_grad_norm"]  # clipping bites in every step
+def test_same_losses_and_weights(crew, hard, alone, tmp_path, name, method, strategy, ranks):
+    options = {"folder": tmp_path / "run", **hard(name, method)}
+    answers = crew.run(tmp_path, ranks, crew.train, strategy=strategy, **options)
+    wanted = alone(name, method)
+    assert wanted["steps"] == list(range(1, crew.STEPS + 1))
+    assert min(wanted["norms"]) > crew.HARD["train__max_grad_norm"]  # clipping bites in every step
     for answer in answers:
         assert answer["tokens"] == wanted["tokens"]
         assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         assert answer["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
         assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
         assert answer["losses"] == answers[0]["losses"]
-        assert far(answer["weights"], wanted["weights"]) <= 1e-5
+        assert crew.far(answer["weights"], wanted["weights"]) <= 1e-5
         assert all(torch.equal(answer["weights"][n], answers[0]["weights"][n]) for n in answer["weights"])
         assert answer["frozen"]
     if strategy == "fsdp" and method == "full":  # and each rank holds a share
@@ -103,12 +57,11 @@ PIPES = {
         ("2 lines of 2", "qwen3", "full"),
     ],
 )
-def test_a_pipeline_is_the_same_training(crew, family, chat_data, valid_data, reference, tmp_path, pipe, name, method):
+def test_a_pipeline_is_the_same_training(crew, hard, alone, tmp_path, pipe, name, method):
     ranks, how = PIPES[pipe]
-    options = {**options_of(name, method, valid_data), **how}
-    arguments = {"folder": tmp_path / "run", "model": family(name, 5), "data": chat_data, "method": method}
-    answers = crew.run(tmp_path, ranks, crew.train, strategy="pipeline", **arguments, **options)
-    wanted = reference(name, method, 5)
+    options = {"folder": tmp_path / "run", **hard(name, method, 5), **how}
+    answers = crew.run(tmp_path, ranks, crew.train, strategy="pipeline", **options)
+    wanted = alone(name, method, 5)
     weights = {}
     for answer in answers:
         assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
@@ -117,22 +70,19 @@ def test_a_pipeline_is_the_same_training(crew, family, chat_data, valid_data, re
         assert answer["losses"] == answers[0]["losses"]
         assert answer["frozen"]
         assert all(torch.equal(weights.setdefault(n, w), w) for n, w in answer["weights"].items())
-    assert far(weights, wanted["weights"]) <= 1e-5
+    assert crew.far(weights, wanted["weights"]) <= 1e-5
     # Each rank has its own stages alone.
     assert sum(answer["numbers"] for answer in answers) == wanted["numbers"] * how.get("replicas", 1)
 
 
 @pytest.mark.parametrize(("name", "method"), [("llama", "lora"), ("qwen3", "full")])
-def test_stages_in_one_process_are_the_same_training(
-    crew, family, chat_data, valid_data, reference, tmp_path, name, method
-):
-    options = {**options_of(name, method, valid_data), "devices": 2, "cuts": TWO}
-    arguments = {"folder": tmp_path / "run", "model": family(name, 5), "data": chat_data, "method": method}
-    [answer] = crew.run(tmp_path, 1, crew.train, strategy="model_parallel", **arguments, **options)
-    wanted = reference(name, method, 5)
+def test_stages_in_one_process_are_the_same_training(crew, hard, alone, tmp_path, name, method):
+    options = {"folder": tmp_path / "run", **hard(name, method, 5), "devices": 2, "cuts": TWO}
+    [answer] = crew.run(tmp_path, 1, crew.train, strategy="model_parallel", **options)
+    wanted = alone(name, method, 5)
     assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
     assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
-    assert far(answer["weights"], wanted["weights"]) <= 1e-5
+    assert crew.far(answer["weights"], wanted["weights"]) <= 1e-5
 
 
 SHARDED = {
@@ -152,20 +102,17 @@ SHARDED = {
         ("in RAM", "llama", "lora"),
     ],
 )
-def test_pieces_are_the_same_training(crew, family, chat_data, valid_data, reference, tmp_path, way, name, method):
+def test_pieces_are_the_same_training(crew, hard, alone, tmp_path, way, name, method):
     ranks, how = SHARDED[way]
-    options = options_of(name, method, valid_data)
-    arguments = {"model": family(name), "data": chat_data, "method": method}
-    wanted = reference(name, method)
-    answers = crew.run(
-        tmp_path / "n", ranks, crew.train, folder=tmp_path / "run", strategy="fsdp", **arguments, **options, **how
-    )
-    assert min(wanted["norms"]) > HARD["train__max_grad_norm"]  # clipping bites in every step
+    options = {"folder": tmp_path / "run", **hard(name, method), **how}
+    wanted = alone(name, method)
+    answers = crew.run(tmp_path / "n", ranks, crew.train, strategy="fsdp", **options)
+    assert min(wanted["norms"]) > crew.HARD["train__max_grad_norm"]  # clipping bites in every step
     for answer in answers:
         assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         assert answer["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
         assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
-        assert far(answer["weights"], wanted["weights"]) <= 1e-5
+        assert crew.far(answer["weights"], wanted["weights"]) <= 1e-5
         assert all(torch.equal(answer["weights"][n], answers[0]["weights"][n]) for n in answer["weights"])
         assert answer["frozen"]
     if method == "full":  # each rank holds its piece of one copy
@@ -183,16 +130,14 @@ def test_pieces_are_the_same_training(crew, family, chat_data, valid_data, refer
         (2, "wide mixtral", {}),
     ],
 )
-def test_a_base_in_4_bits_is_carried_unchanged(crew, family, chat_data, valid_data, tmp_path, ranks, name, how):
+def test_a_base_in_4_bits_is_carried_unchanged(crew, hard, tmp_path, ranks, name, how):
     """Every packed weight and constant is the single process's, bit for bit, before training and after; so is what it
     expands to; and the losses are.
     """
-    options = options_of(name, "lora", valid_data)
-    arguments = {"model": family(name), "data": chat_data, "method": "qlora"}
-    [wanted] = crew.run(tmp_path / "1", 1, crew.packed, folder=tmp_path / "one", **arguments, **options)
-    answers = crew.run(
-        tmp_path / "n", ranks, crew.packed, folder=tmp_path / "run", strategy="fsdp", **arguments, **options, **how
-    )
+    options = hard(name, "qlora")
+    [wanted] = crew.run(tmp_path / "1", 1, crew.packed, folder=tmp_path / "one", **options)
+    options |= {"folder": tmp_path / "run", "strategy": "fsdp", **how}
+    answers = crew.run(tmp_path / "n", ranks, crew.packed, **options)
     assert len(wanted["before"]) > 14 * 5
     assert wanted["before"] == wanted["after"]
     for answer in answers:
@@ -201,7 +146,7 @@ def test_a_base_in_4_bits_is_carried_unchanged(crew, family, chat_data, valid_da
         assert answer["frozen"]
         assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
-        assert far(answer["weights"], wanted["weights"]) <= 1e-5
+        assert crew.far(answer["weights"], wanted["weights"]) <= 1e-5
     copies = ranks // how.get("shards", ranks)
     assert sum(answer["bytes"] for answer in answers) == wanted["bytes"] * copies  # nobody holds another's
     assert max(answer["bytes"] for answer in answers) < 0.52 * wanted["bytes"]
@@ -228,7 +173,7 @@ MIXTURES = {
 )
 def test_a_mixture_with_packed_experts(crew, family, chat_data, valid_data, tmp_path, way, name, base):
     """Adapters on attention, router and experts; the experts' bytes and scales stay what they were."""
-    options = {**HARD, "lora__r": 4, "data__valid": str(valid_data), "base": base}
+    options = {**crew.HARD, "lora__r": 4, "data__valid": str(valid_data), "base": base}
     options |= {"model": family(name, 3), "data": chat_data, "method": "qlora" if base == "nf4" else "lora"}
     ranks, how = MIXTURES[way]
     if (name, base) not in PACKED:
@@ -243,4 +188,4 @@ def test_a_mixture_with_packed_experts(crew, family, chat_data, valid_data, tmp_
         assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
         assert answer["frozen"]
         weights |= answer["weights"]
-    assert far(weights, wanted["weights"]) <= 1e-5
+    assert crew.far(weights, wanted["weights"]) <= 1e-5

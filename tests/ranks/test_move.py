@@ -6,20 +6,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-STEPS = 9
-# A rate that does not depend on the run's length, so that a part of it can be run.
-RUN = {
-    "train__max_steps": STEPS,
-    "train__learning_rate": 3e-3,
-    "train__global_batch_tokens": 300,
-    "train__schedule": "constant",
-    "train__warmup_steps": 0,
-    "train__save_every": 3,
-    "train__keep_checkpoints": 9,
-    "train__keep_best": False,
-    "train__weight_decay": 0.1,
-    "micro_batch_tokens": 64,
-}
 PATHS = {
     "1-2-1": [("single", 1), ("ddp", 2), ("single", 1)],
     "ddp-fsdp-single": [("ddp", 2), ("fsdp", 2), ("single", 1)],
@@ -47,7 +33,7 @@ def whole(crew, family, chat_data, tmp_path_factory):
             folder = tmp_path_factory.mktemp("whole")
             model = family(name, layers)
             options = {"folder": folder / "run", "model": model, "data": chat_data, "method": method, **more}
-            [done[key]] = crew.run(folder, 1, crew.train, write=True, **options, **RUN)
+            [done[key]] = crew.run(folder, 1, crew.train, write=True, **options, **crew.RUN)
         return done[key]
 
     return get
@@ -58,7 +44,7 @@ def whole(crew, family, chat_data, tmp_path_factory):
 def test_one_run_under_three_strategies(crew, family, chat_data, whole, tmp_path, method, path):
     wanted = whole(method)
     parts = [(strategy, ranks, {}) for strategy, ranks in PATHS[path]]
-    moved(crew, parts, wanted, tmp_path, model=family("llama"), data=chat_data, method=method)
+    crew.moved(parts, wanted, tmp_path, model=family("llama"), data=chat_data, method=method)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +57,7 @@ def test_one_run_under_three_strategies(crew, family, chat_data, whole, tmp_path
 )
 def test_one_run_with_and_without_stages(crew, family, chat_data, whole, tmp_path, method, path):
     wanted = whole(method, "qwen3", 5)
-    moved(crew, STAGED[path], wanted, tmp_path, model=family("qwen3", 5), data=chat_data, method=method)
+    crew.moved(STAGED[path], wanted, tmp_path, model=family("qwen3", 5), data=chat_data, method=method)
 
 
 def test_a_head_that_is_trained_beside_the_adapter(crew, family, chat_data, whole, tmp_path):
@@ -79,47 +65,7 @@ def test_a_head_that_is_trained_beside_the_adapter(crew, family, chat_data, whol
     more = {"lora__modules_to_save": ("lm_head",), "train__optimizer": "lion"}
     wanted = whole("lora", "qwen3", 5, **more)
     parts = [("pipeline", 2, PIPE), ("single", 1, {}), ("pipeline", 2, FINE)]
-    moved(crew, parts, wanted, tmp_path, model=family("qwen3", 5), data=chat_data, method="lora", **more)
-
-
-def moved(crew, parts, wanted, tmp_path, **options):
-    """Three steps under each of the strategies are the nine steps of `wanted`."""
-    losses, steps = [], []
-    for part, (strategy, ranks, how) in enumerate(parts):
-        answers = crew.run(
-            tmp_path / str(part),
-            ranks,
-            crew.train,
-            folder=tmp_path / "run",
-            strategy=strategy,
-            resume=part > 0,
-            write=part == len(parts) - 1,
-            stop_at=3 * (part + 1),
-            **options,
-            **how,
-            **RUN,
-        )
-        losses += answers[0]["losses"]
-        steps += answers[0]["steps"]
-    assert steps == list(range(1, STEPS + 1))
-    assert losses == pytest.approx(wanted["losses"], rel=1e-5)
-    weights = {name: weight for answer in answers for name, weight in answer["weights"].items()}
-    assert weights.keys() == wanted["weights"].keys()
-    for name, weight in wanted["weights"].items():
-        assert float((weights[name] - weight).norm() / weight.norm().clamp(min=1e-6)) <= 1e-5, name
-    ours, theirs = written(answers[0]["result"]), written(wanted["result"])
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        assert float((ours[name] - weight).norm() / weight.norm().clamp(min=1e-6)) <= 1e-5, name
-
-
-def written(folder):
-    from pathlib import Path
-
-    from safetensors.torch import load_file
-
-    [file] = Path(folder).glob("*.safetensors")
-    return load_file(file)
+    crew.moved(parts, wanted, tmp_path, model=family("qwen3", 5), data=chat_data, method="lora", **more)
 
 
 def test_an_adapter_trained_by_several_loads_in_peft(crew, family, chat_data, tmp_path):
@@ -137,7 +83,7 @@ def test_an_adapter_trained_by_several_loads_in_peft(crew, family, chat_data, tm
         strategy="fsdp",
         write=True,
         stop_at=3,
-        **RUN,
+        **crew.RUN,
     )
     base = AutoModelForCausalLM.from_pretrained(family("qwen3"), dtype=torch.float32)
     loaded = dict(PeftModel.from_pretrained(base, answers[0]["result"]).named_parameters())
@@ -146,7 +92,7 @@ def test_an_adapter_trained_by_several_loads_in_peft(crew, family, chat_data, tm
 
 def test_qlora_on_two_ranks_is_qlora_on_one(crew, tiny_model, chat_data, tmp_path):
     """A 4-bit base is the same on both; its packed bytes do not change."""
-    options = {"model": tiny_model, "data": chat_data, "method": "qlora", "stop_at": 6, **RUN}
+    options = {"model": tiny_model, "data": chat_data, "method": "qlora", "stop_at": 6, **crew.RUN}
     [wanted] = crew.run(tmp_path / "1", 1, crew.train, folder=tmp_path / "one", **options)
     for answer in crew.run(tmp_path / "2", 2, crew.train, folder=tmp_path / "two", strategy="ddp", **options):
         assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
@@ -158,7 +104,7 @@ def test_qlora_on_two_ranks_is_qlora_on_one(crew, tiny_model, chat_data, tmp_pat
 def test_fsdp_that_keeps_layers_whole_sees_a_restored_checkpoint(crew, family, chat_data, valid_data, tmp_path, method):
     """The variant `grad`, with an evaluation before earlier weights come back; recomputation on top."""
     options = {
-        **RUN,
+        **crew.RUN,
         "model": family("llama"),
         "data": chat_data,
         "method": method,
@@ -186,7 +132,7 @@ def test_stages_of_a_quantised_base(crew, family, chat_data, tmp_path, base, str
     """Each process quantises its own layers; answers are those of one device, with caches and without."""
     method = "qlora" if base == "nf4" else "lora"
     options = {"model": family("gemma", 5), "data": chat_data, "method": method, "base": base, "stop_at": 5}
-    options |= {**RUN, "activations": "recompute"}
+    options |= {**crew.RUN, "activations": "recompute"}
     [wanted] = crew.run(tmp_path / "1", 1, crew.answering, folder=tmp_path / "one", **options)
     answers = crew.run(
         tmp_path / "2", ranks, crew.answering, folder=tmp_path / "two", strategy=strategy, **options, **how
@@ -202,7 +148,7 @@ def test_stages_of_a_quantised_base(crew, family, chat_data, tmp_path, base, str
 
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
 def test_fused_layers_in_stages(crew, tiny_model, chat_data, tmp_path, activations):
-    options = {"model": tiny_model, "data": chat_data, "method": "qlora", "stop_at": 5, **RUN}
+    options = {"model": tiny_model, "data": chat_data, "method": "qlora", "stop_at": 5, **crew.RUN}
     options |= {"arithmetic": "16bit", "activations": activations}
     [wanted] = crew.run(tmp_path / "1", 1, crew.train, folder=tmp_path / "one", **options)
     how = {"strategy": "pipeline", "variant": "1f1b", "cuts": (1, 1)}
@@ -214,7 +160,7 @@ def test_fused_layers_in_stages(crew, tiny_model, chat_data, tmp_path, activatio
 
 def test_a_rank_may_have_nothing_to_do(crew, family, chat_data, tmp_path):
     """Four ranks, two micro-batches: no rank hangs, and the losses are the single process's."""
-    options = {"model": family("llama"), "data": chat_data, "method": "full", "stop_at": 3, **RUN}
+    options = {"model": family("llama"), "data": chat_data, "method": "full", "stop_at": 3, **crew.RUN}
     options |= {"train__global_batch_tokens": 120}
     [wanted] = crew.run(tmp_path / "1", 1, crew.train, folder=tmp_path / "one", **options)
     for strategy in ("ddp", "fsdp"):
@@ -223,7 +169,7 @@ def test_a_rank_may_have_nothing_to_do(crew, family, chat_data, tmp_path):
 
 
 def test_fewer_micro_batches_than_stages(crew, family, chat_data, tmp_path):
-    options = {"model": family("qwen3", 5), "data": chat_data, "method": "lora", "stop_at": 3, **RUN}
+    options = {"model": family("qwen3", 5), "data": chat_data, "method": "lora", "stop_at": 3, **crew.RUN}
     options |= {"train__global_batch_tokens": 60}
     [wanted] = crew.run(tmp_path / "1", 1, crew.train, folder=tmp_path / "one", **options)
     how = {"strategy": "pipeline", "variant": "1f1b", "cuts": (1, 1, 2, 1)}
@@ -239,14 +185,14 @@ def test_fewer_micro_batches_than_stages(crew, family, chat_data, tmp_path):
     ],
 )
 def test_one_run_in_pieces_and_whole(crew, family, chat_data, whole, tmp_path, method, parts):
-    moved(crew, parts, whole(method), tmp_path, model=family("llama"), data=chat_data, method=method)
+    crew.moved(parts, whole(method), tmp_path, model=family("llama"), data=chat_data, method=method)
 
 
 @pytest.mark.parametrize("then", ["done", "killed", "full"])
 def test_pieces_are_written_while_training_goes_on(crew, family, chat_data, whole, tmp_path, then):
     """Each rank its own, nothing put together; a kill or a full disk meanwhile leaves the checkpoint before it good."""
     wanted = whole("full")
-    options = {"folder": tmp_path / "run", "model": family("llama"), "data": chat_data, "method": "full", **RUN}
+    options = {"folder": tmp_path / "run", "model": family("llama"), "data": chat_data, "method": "full", **crew.RUN}
     arguments = (tmp_path / "2", 2, crew.writes_behind)
     if then == "done":
         answers = crew.run(*arguments, then=then, strategy="fsdp", **options)
@@ -261,5 +207,5 @@ def test_pieces_are_written_while_training_goes_on(crew, family, chat_data, whol
     with pytest.raises(AssertionError, match={"killed": "exit code -9", "full": "CheckpointError.*No space"}[then]):
         crew.run(*arguments, then=then, strategy="fsdp", **options)
     [again] = crew.run(tmp_path / "1", 1, crew.train, resume=True, **options)
-    assert again["steps"] == list(range(4, STEPS + 1))
+    assert again["steps"] == list(range(4, 10))
     assert again["losses"] == pytest.approx(wanted["losses"][3:], rel=1e-5)

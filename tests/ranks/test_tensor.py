@@ -5,45 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-STEPS = 6
-# Accumulation, micro-batches of uneven length, packing, clipping that bites, decay, dropout, noise.
-HARD = {
-    "train__max_steps": STEPS,
-    "train__learning_rate": 3e-3,
-    "train__global_batch_tokens": 300,
-    "train__max_grad_norm": 0.05,
-    "train__weight_decay": 0.1,
-    "train__warmup_steps": 1,
-    "micro_batch_tokens": 64,
-}
-LORA = {"lora__dropout": 0.1, "lora__r": 4, "train__neftune_alpha": 5.0}
-
-
-def far(ours, theirs):
-    """The largest relative difference, tensor by tensor."""
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-6)) for n in theirs)
-
-
-@pytest.fixture(scope="session")
-def alone(crew, family, chat_data, valid_data, tmp_path_factory):
-    """The options of a run, and what it gives on one process."""
-    done = {}
-
-    def get(name, method, **more):
-        key = (name, method, *more)
-        if key not in done:
-            folder = tmp_path_factory.mktemp("alone")
-            options = {**HARD, **(LORA if method == "lora" else {}), **more, "method": method}
-            options |= {"data__valid": str(valid_data), "model": family(name), "data": chat_data}
-            if name == "neox":  # gradients of nearly nought, of which Adam makes steps as large as any, are rounding
-                options["train__epsilon"] = 1e-5
-            [wanted] = crew.run(folder, 1, crew.train, folder=folder / "run", **options)
-            done[key] = options, wanted
-        return done[key]
-
-    return get
-
 
 @pytest.mark.parametrize(
     ("name", "method", "ranks", "how"),
@@ -59,38 +20,34 @@ def alone(crew, family, chat_data, valid_data, tmp_path_factory):
         ("qwen3", "full", 4, {"replicas": 2}),
     ],
 )
-def test_same_losses_and_weights(crew, alone, tmp_path, name, method, ranks, how):
-    options, wanted = alone(name, method)
+def test_same_losses_and_weights(crew, hard, alone, tmp_path, name, method, ranks, how):
+    options, wanted = hard(name, method), alone(name, method)
     answers = crew.run(tmp_path, ranks, crew.train, folder=tmp_path / "run", strategy="tensor", **options, **how)
-    assert min(wanted["norms"]) > HARD["train__max_grad_norm"]  # clipping bites in every step
+    assert min(wanted["norms"]) > crew.HARD["train__max_grad_norm"]  # clipping bites in every step
     for answer in answers:
-        assert answer["steps"] == list(range(1, STEPS + 1))
+        assert answer["steps"] == list(range(1, crew.STEPS + 1))
         assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
         assert answer["norms"] == pytest.approx(wanted["norms"], rel=1e-5)
         assert answer["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
         assert answer["losses"] == answers[0]["losses"]
-        assert far(answer["weights"], wanted["weights"]) <= 1e-5
+        assert crew.far(answer["weights"], wanted["weights"]) <= 1e-5
         assert all(torch.equal(answer["weights"][n], answers[0]["weights"][n]) for n in answer["weights"])
         assert answer["frozen"]
         assert answer["numbers"] < wanted["numbers"]  # each rank has a part
 
 
 @pytest.mark.parametrize("more", [{"lora__modules_to_save": ("lm_head",)}, {"lora__init": "pissa"}], ids=str)
-def test_adapters_that_start_from_whole_weights(crew, alone, tmp_path, more):
-    options, wanted = alone("qwen3", "lora", **more)
+def test_adapters_that_start_from_whole_weights(crew, hard, alone, tmp_path, more):
+    options, wanted = hard("qwen3", "lora", **more), alone("qwen3", "lora", **more)
     for answer in crew.run(tmp_path, 2, crew.train, folder=tmp_path / "run", strategy="tensor", **options):
         assert answer["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
-        assert far(answer["weights"], wanted["weights"]) <= 1e-5
+        assert crew.far(answer["weights"], wanted["weights"]) <= 1e-5
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_checkpoint_moves_to_and_from_it(crew, family, chat_data, tmp_path, method):
     """Two steps under each of four arrangements are the eight steps of one process, and so is the result."""
-    from pathlib import Path
-
-    from safetensors.torch import load_file
-
-    options = {**HARD, "train__max_steps": 8, "train__schedule": "constant", "train__warmup_steps": 0}
+    options = {**crew.HARD, "train__max_steps": 8, "train__schedule": "constant", "train__warmup_steps": 0}
     options |= {"train__save_every": 2, "train__keep_best": False, "train__max_grad_norm": 1.0}
     options |= {"model": family("llama"), "data": chat_data, "method": method}
     [wanted] = crew.run(tmp_path / "whole", 1, crew.train, folder=tmp_path / "one", write=True, **options)
@@ -101,13 +58,19 @@ def test_a_checkpoint_moves_to_and_from_it(crew, family, chat_data, tmp_path, me
         answers = crew.run(tmp_path / str(part), ranks, crew.train, stop_at=2 * (part + 1), **place, **options, **how)
         losses += answers[0]["losses"]
     assert losses == pytest.approx(wanted["losses"], rel=1e-5)
-    ours, theirs = (load_file(*Path(run["result"]).glob("*.safetensors")) for run in (answers[0], wanted))
-    assert far(ours, theirs) <= 1e-5
+    assert crew.far(crew.written(answers[0]["result"]), crew.written(wanted["result"])) <= 1e-5
 
 
 def test_answers_and_bytes(crew, family, chat_data, tmp_path):
     """With caches and without, each rank says what one process says, and holds half of the layers' bytes."""
-    options = {**HARD, "model": family("gemma", 5), "data": chat_data, "method": "lora", "stop_at": 3, "lora__r": 2}
+    options = {
+        **crew.HARD,
+        "model": family("gemma", 5),
+        "data": chat_data,
+        "method": "lora",
+        "stop_at": 3,
+        "lora__r": 2,
+    }
     [wanted] = crew.run(tmp_path / "1", 1, crew.answering, folder=tmp_path / "one", **options)
     for answer in crew.run(tmp_path / "2", 2, crew.answering, folder=tmp_path / "two", strategy="tensor", **options):
         assert answer["texts"] == wanted["texts"]
@@ -122,6 +85,6 @@ def test_answers_and_bytes(crew, family, chat_data, tmp_path):
     [("llama", 4, "num_key_value_heads is 2"), ("mixtral", 2, "not known here"), ("gpt2", 2, "do not say")],
 )
 def test_what_cannot_be_cut_is_refused(crew, family, chat_data, tmp_path, name, ranks, words):
-    options = {**HARD, "model": family(name), "data": chat_data, "method": "full"}
+    options = {**crew.HARD, "model": family(name), "data": chat_data, "method": "full"}
     with pytest.raises(AssertionError, match=words):
         crew.run(tmp_path, ranks, crew.train, folder=tmp_path / "run", strategy="tensor", **options)
