@@ -273,24 +273,19 @@ class Member:
             _say_over(self.store, self.attempt, folder, error)
 
     def _has(self, key: str) -> bool:
-        try:
-            if self.store.check(["end"]):
-                raise EndedError(self.store.get("end").decode())
-            return bool(self.store.check([key]))
-        except EndedError:
-            raise
-        except Exception as error:
-            raise LeaderGoneError(str(error).splitlines()[0]) from error
+        if self._asked(lambda: self.store.check(["end"])):
+            raise EndedError(self._get("end"))
+        return bool(self._asked(lambda: self.store.check([key])))
 
     def _get(self, key: str) -> str:
-        try:
-            return str(self.store.get(key).decode())
-        except Exception as error:
-            raise LeaderGoneError(str(error).splitlines()[0]) from error
+        return str(self._asked(lambda: self.store.get(key).decode()))
 
     def _set(self, key: str, value: str) -> None:
+        self._asked(lambda: self.store.set(key, value))
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
         try:
-            self.store.set(key, value)
+            return ask()
         except Exception as error:
             raise LeaderGoneError(str(error).splitlines()[0]) from error
 

@@ -1,8 +1,8 @@
 """Starts the processes of a run on the devices of this host, and says which one failed and why.
 
 Only the run's folder crosses into a worker. torch's elastic agent starts them and stops the others when one ends badly.
-They are forked from one process that has imported everything and
-touched no GPU, so that starting N of them takes as long as starting one.
+They are forked from one process that has imported everything and touched no GPU, so that starting N of them takes as
+long as starting one.
 """
 
 from __future__ import annotations

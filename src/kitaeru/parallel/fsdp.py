@@ -69,11 +69,9 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     group = mesh.get_group("pieces") if layout.shards else None
     adapter = layout.method in ("lora", "qlora")
     whole = {parameter for _, parameter in named} if adapter else set()
-    device = torch.device("cpu")
-    if layout.device == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-        for parameter in whole:
-            parameter.data = parameter.data.to(device)
+    device = single.own_device(layout)
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
     policy = CPUOffloadPolicy(pin_memory=layout.device == "cuda") if layout.variant == "offload" else OffloadPolicy()
 
     def cut(module: nn.Module) -> None:

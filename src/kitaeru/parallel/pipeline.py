@@ -44,7 +44,7 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     ranks = layout.ranks_per_replica
     share = share_of(layout, world.rank)
     assert share is not None
-    device = torch.device("cuda", torch.cuda.current_device()) if layout.device == "cuda" else torch.device("cpu")
+    device = single.own_device(layout)
     mine = [(name, parameter) for name, parameter in named if not parameter.is_meta]
     line, groups = _connect(world, ranks, len(layout.cuts))
     reducer = None

@@ -64,6 +64,11 @@ def losses(held: Held, work: Work) -> dict[int, torch.Tensor]:
     return shares
 
 
+def own_device(layout: Layout) -> torch.device:
+    """The device of this process, where each process has one."""
+    return torch.device("cuda", torch.cuda.current_device()) if layout.device == "cuda" else torch.device("cpu")
+
+
 def device_of(held: Held) -> torch.device:
     """Where this rank computes: its weights may be elsewhere, its trained ones are not unless it says so."""
     return held.at or held.named[0][1].device

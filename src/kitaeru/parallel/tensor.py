@@ -87,7 +87,7 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
         ModelError: the model's authors say nothing of how it is cut, or something that is not known here.
     """
     team, same = _teams(world, layout.ranks_per_replica)
-    device = torch.device("cuda", torch.cuda.current_device()) if layout.device == "cuda" else torch.device("cpu")
+    device = single.own_device(layout)
     model: Any = unit.model.get_base_model() if isinstance(unit.model, PeftModel) else unit.model
     seams = list(_seams(model, team.ranks))
     _check(model, seams)

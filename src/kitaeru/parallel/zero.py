@@ -130,9 +130,7 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     groups = [list(group["params"]) for group in optimizer.param_groups]
     config = dict(unit.engine.config)
     shapes = {name: parameter.shape for name, parameter in named}
-    device = torch.device("cpu")
-    if layout.device == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = single.own_device(layout)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes its device from there; ranks may share one
     if layout.strategy == "zero3":
         # Cuts one weight after another on its way to the device.

@@ -14,7 +14,6 @@ from typing import Any
 from kitaeru.errors import UsageError
 from kitaeru.i18n import tr
 from kitaeru.plan.types import Layout
-from kitaeru.recipe.checks import ZERO as ZERO
 from kitaeru.recipe.types import Recipe
 
 FILE = "ds_config.json"

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from kitaeru.hardware import Device
 from kitaeru.i18n import tr
 from kitaeru.plan import fused
-from kitaeru.plan.deepspeed import ZERO as ZERO
 from kitaeru.plan.stored import packs_experts
 from kitaeru.plan.types import Activations, Arithmetic, Base, Layout, MethodKind, Precision
+from kitaeru.recipe.checks import ZERO as ZERO
 from kitaeru.recipe.types import LoraSection, Recipe
 from kitaeru.shape import ModelShape
 
