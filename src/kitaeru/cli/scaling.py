@@ -94,7 +94,8 @@ def line_of(row: Row) -> str:
     if row.outcome != "ok":
         return f"{head}: {row.outcome}"
     planned = tr("planned {rate}", rate=f"{row.predicted:,.0f}")
-    return f"{head}: {row.tokens_per_second:,.0f} tokens/s ({planned})"
+    unit = tr("tokens/s")
+    return f"{head}: {row.tokens_per_second:,.0f} {unit} ({planned})"
 
 
 def table_of(rows: Sequence[Row]) -> Table:
