@@ -28,8 +28,9 @@ from kitaeru.model import attention
 from kitaeru.model import fused as fusing
 from kitaeru.model.adapt import add_adapter
 from kitaeru.model.head import LossSum, distance, forward_arguments, recognise_head
-from kitaeru.model.layers import Draws
+from kitaeru.model.layers import Draws, checkpoint_by_layer
 from kitaeru.model.load import DTYPES, load_config, load_model
+from kitaeru.model.offload import Host
 from kitaeru.model.parts import Parts, outline
 from kitaeru.model.stages import share_of, stage_devices
 from kitaeru.model.stream import load_streamed
@@ -242,7 +243,8 @@ def fuse_layers(trainee: Trainee) -> None:
             model,
             layout.arithmetic,
             keep8=layout.activations == "keep8",
-            recompute=layout.activations == "recompute",
+            recompute=layout.again(model.config.num_hidden_layers),
+            host=Host(trainee.device) if layout.activations == "offload" else None,
             probe=lambda: getattr(model, model.base_model_prefix)(**forward_arguments(batch)),
         )
     trainee.fused = done.layers
@@ -255,11 +257,17 @@ def fuse_layers(trainee: Trainee) -> None:
 
 
 def checkpoint_activations(trainee: Trainee) -> None:
-    """Recompute activations where the plan says so; a fused layer does so itself."""
-    if trainee.fused:
+    """Recompute activations where the plan says so, layer by layer; fused and streamed layers do so themselves."""
+    layout, model = trainee.plan.layout, trainee.causal_lm
+    again = layout.again(model.config.num_hidden_layers)
+    if trainee.fused or layout.variant == DISK or not again:
         return
-    if trainee.plan.layout.activations == "recompute" and trainee.plan.layout.variant != DISK:  # which does so itself
-        trainee.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not layout.recomputed and layout.activations != "offload":
+        return
+    host = Host(trainee.device) if layout.activations == "offload" else None
+    if not checkpoint_by_layer(model, again, host):
+        trainee.say(tr("This model's layers are computed again all or none: all are, from inputs on the device."))
 
 
 def attach_neftune(trainee: Trainee) -> None:

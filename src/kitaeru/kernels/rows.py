@@ -40,6 +40,10 @@ class Rows:
         own = self.data[:, : self.width]
         return own if self.scale is None else own.float() * self.scale[:, None]
 
+    def part(self, rows: slice) -> Rows:
+        """Some of the rows, in the same memory."""
+        return Rows(self.data[rows], None if self.scale is None else self.scale[rows], self.width)
+
 
 def storage(arithmetic: Arithmetic, compute: torch.dtype) -> torch.dtype:
     """The dtype of `Rows.data`."""

@@ -172,6 +172,16 @@ def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, hea
     )
 
 
+def _average_layer(layout: Layout, shape: ModelShape, load: Load, rates: Rates) -> Layer:
+    """A layer of a model in which some compute again what others keep."""
+    kept = layer_on(layout.of_kept, shape, load, rates)
+    if not layout.recomputed:
+        return kept
+    share = layout.again(shape.layers) / shape.layers
+    again = layer_on(layout.of_again, shape, load, rates)
+    return replace(kept, backward=kept.backward.times(1 - share) + again.backward.times(share))
+
+
 def cuts_for(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> tuple[int, ...]:
     """Layers of each stage so that none holds the others up: fewer on a slow card, and where the head is."""
     stages = layout.ranks_per_replica * layout.chunks
@@ -209,7 +219,7 @@ def _whole(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) 
     held = part_of(layout, shape, 0, count).shape
     steps = []
     for rates in dict.fromkeys(at.devices):
-        layer = layer_on(layout, held, load, rates)
+        layer = _average_layer(layout, held, load, rates)
         # Tensor-parallel devices have the whole head, each for a part of the tokens.
         head = layer.head.times(1 / layout.ranks_per_replica if layout.strategy == "tensor" else 1.0)
         micro = (layer.forward + layer.backward).times(shape.layers) + head
@@ -239,7 +249,7 @@ def _layer_waits(
         once = _sum_seconds(layout.ranks_per_replica, at.within, sent)
         # Two sums forward, two backward; what is computed again stops before its last one. One more is the head's.
         return {"communication": (shape.layers * (5 if layout.activations == "recompute" else 4) + 1) * once}
-    found = _activation_waits(layout, shape, load, rates, forward, backward)
+    found = _activation_waits(layout, shape, rates, forward, backward)
     if layout.variant == DISK:
         weights, _ = layer_weight_bytes(replace(layout, variant=""), shape)
         # The system reads ahead while a layer computes; the copy from its cache to the device is waited for.
@@ -273,7 +283,7 @@ def _layer_waits(
 
 
 def _activation_waits(
-    layout: Layout, shape: ModelShape, load: Load, rates: Rates, forward: float, backward: float
+    layout: Layout, shape: ModelShape, rates: Rates, forward: float, backward: float
 ) -> dict[str, float]:
     """What a micro-batch waits for its activations to go to RAM and to come back, a layer at a time behind its
     computation; all devices copy at once and share the host's memory.
@@ -281,7 +291,7 @@ def _activation_waits(
     if layout.activations != "offload":
         return {}
     copied = min(rates.host_copy, rates.host_memory / layout.devices)
-    once = offloaded_bytes(layout, shape, load.setting) / shape.layers / copied
+    once = offloaded_bytes(layout, shape) / shape.layers / copied
     return {"offload": shape.layers * (max(0.0, once - forward) + max(0.0, once - backward))}
 
 

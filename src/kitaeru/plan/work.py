@@ -94,10 +94,13 @@ def layer_forward(layout: Layout, shape: ModelShape, setting: Setting, typical: 
 
 
 def layer_backward(layout: Layout, shape: ModelShape, setting: Setting, typical: float) -> Work:
-    """One layer's backward pass, with its forward pass again where it is recomputed."""
+    """One layer's backward pass, with its forward pass again where layers are computed again: of a layout in which only
+    some are, `of_kept` and `of_again` are to be asked.
+    """
+    computed = layout.again(shape.layers) > 0
     if fused.is_fused(layout):
         work = _fused_pass(layout, shape, setting, typical, forward=False)
-        again = layer_forward(layout, shape, setting, typical) if layout.activations == "recompute" else Work()
+        again = layer_forward(layout, shape, setting, typical) if computed else Work()
         return work + replace(again, **{kind: getattr(again, kind) * FUSED_AGAIN for kind in ("gemm", "eight")})
     tokens, layers = layout.micro_batch_tokens, shape.layers
     weights, whole = shape.linear_parameters() / layers, trains_all(layout)
@@ -113,7 +116,7 @@ def layer_backward(layout: Layout, shape: ModelShape, setting: Setting, typical:
         unpacked=_unpacked_bytes(layout, shape),
         operations=1.8 * _operations(layout, shape, setting),
     )
-    return work + layer_forward(layout, shape, setting, typical) if layout.activations == "recompute" else work
+    return work + layer_forward(layout, shape, setting, typical) if computed else work
 
 
 def head_forward(layout: Layout, shape: ModelShape) -> Work:

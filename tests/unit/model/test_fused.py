@@ -165,7 +165,7 @@ def test_fuse_compares_before_it_trusts(monkeypatch: pytest.MonkeyPatch) -> None
     def probe() -> None:
         model.model(input_ids=ids, **given())
 
-    done = fuse(model, "16bit", keep8=False, recompute=False, probe=probe)
+    done = fuse(model, "16bit", keep8=False, probe=probe)
     assert done.why_not is None
     assert [layer.qkv.arithmetic for layer in done.layers] == ["16bit", "16bit"]
     for layer in model.model.layers:
@@ -175,7 +175,7 @@ def test_fuse_compares_before_it_trusts(monkeypatch: pytest.MonkeyPatch) -> None
     made = fused_layer(model.model.layers[1], model.config, "16bit", torch.float32)
     monkeypatch.undo()
     monkeypatch.setattr("kitaeru.model.fused.fused_layer", lambda *_: made)
-    done = fuse(model, "16bit", keep8=False, recompute=False, probe=probe)
+    done = fuse(model, "16bit", keep8=False, probe=probe)
     assert done.why_not is not None
     assert "off by" in done.why_not
     assert all("forward" not in vars(layer) or layer.forward.__name__ == "forward" for layer in model.model.layers)
@@ -190,7 +190,7 @@ def test_a_gradient_that_is_not_finite_is_not_near(monkeypatch: pytest.MonkeyPat
         return dq, dk, dv * float("nan")
 
     monkeypatch.setattr("kitaeru.model.fused.attend_backward", broken)
-    done = fuse(model, "16bit", keep8=False, recompute=False, probe=lambda: model.model(input_ids=ids, **given()))
+    done = fuse(model, "16bit", keep8=False, probe=lambda: model.model(input_ids=ids, **given()))
     assert done.why_not is not None
     assert done.layers == ()
 
@@ -205,7 +205,7 @@ def test_a_layer_that_8_bits_hurt_is_computed_in_16() -> None:
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(model.model.layers[1].self_attn, name).lora_A["default"].weight[:, 3] = 0
     ids = torch.randint(0, 160, (1, TOKENS), generator=torch.Generator().manual_seed(3))
-    done = fuse(model, "int8", keep8=True, recompute=False, probe=lambda: model.model(input_ids=ids, **given()))
+    done = fuse(model, "int8", keep8=True, probe=lambda: model.model(input_ids=ids, **given()))
     assert [layer.qkv.arithmetic for layer in done.layers] == ["int8", "16bit"]
 
 
