@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -377,13 +377,25 @@ CAP: list[float] = []
 
 def _pack(model: Any, layout: Any, device: Any) -> None:
     """Linear layers inside the blocks in 4 or 8 bits, as bitsandbytes packs a model that is loaded."""
+    from kitaeru.model.load import keep_trainable_packing
+
+    pack_linears(model, layout, device, model.get_output_embeddings())
+    if layout.base == "nf4":
+        model.is_loaded_in_4bit = True
+        if layout.device == "cpu":
+            keep_trainable_packing(model)
+    else:
+        model.is_loaded_in_8bit = True
+
+
+def pack_linears(root: Any, layout: Any, device: Any, head: Any = None) -> None:
+    """All linear layers below `root` but the `head`."""
     import bitsandbytes as bnb
     import torch
 
-    from kitaeru.model.load import DTYPES, keep_trainable_packing
+    from kitaeru.model.load import DTYPES
 
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
+    for parent in list(root.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is not torch.nn.Linear or linear is head:
                 continue
@@ -399,12 +411,6 @@ def _pack(model: Any, layout: Any, device: Any) -> None:
             packed.bias = linear.bias
             setattr(parent, name, packed)
             del weight, linear
-    if layout.base == "nf4":
-        model.is_loaded_in_4bit = True
-        if layout.device == "cpu":
-            keep_trainable_packing(model)
-    else:
-        model.is_loaded_in_8bit = True
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -447,11 +453,11 @@ def suppress_to(row: dict[str, Any]) -> Iterator[None]:
         row["error"] = " ".join(text.split())[:300]
 
 
-def append(out: Path, row: dict[str, Any]) -> None:
+def append(out: Path, row: dict[str, Any], names: Sequence[str] = FIELDS) -> None:
     """One more row of the file."""
     new = not out.exists()
     with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, names)
         if new:
             writer.writeheader()
         writer.writerow(row)

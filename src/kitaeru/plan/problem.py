@@ -123,6 +123,11 @@ def setting_of(problem: Problem, layout: Layout) -> Setting:
     )
 
 
+def needed_per_byte(layout: Layout) -> float:
+    """What must be free for one more byte of a predicted peak."""
+    return 1 + (CPU_MARGIN if layout.device == "cpu" else MARGIN)
+
+
 def needed_bytes(layout: Layout, peak: int) -> int:
     """What must be free for a predicted peak: a margin, and on a GPU the context and fragmentation of the allocator.
 
