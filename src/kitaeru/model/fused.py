@@ -361,8 +361,8 @@ def fuse(
     """Fuse all decoder layers of a causal language model, or none.
 
     The first `recompute` layers are computed again in the backward pass, from inputs that wait in `host` but for the
-    last layer's, which is wanted at once. `probe` runs a few tokens through the model's decoder. Each layer is given what it saw there, both ways, before and
-    after it is fused.
+    last layer's, which is wanted at once. `probe` runs a few tokens through the model's decoder. Each layer is given
+    what it saw there, both ways, before and after it is fused.
     """
     decoder = getattr(model, model.base_model_prefix)
     compute = model.get_input_embeddings().weight.dtype
@@ -402,15 +402,15 @@ def _norm_in_pieces(last: nn.Module | None) -> None:
     """Let the norm after all layers, which computes in 32 bits, take a piece of many tokens at a time."""
     if last is None:
         return
-    original = last.forward
+    original: Callable[[Tensor], Tensor] = last.forward
 
     def forward(hidden: Tensor) -> Tensor:
         if hidden.shape[1] <= MLP_TOKENS:
-            return original(hidden)  # type: ignore[no-any-return]
+            return original(hidden)
         again = partial(checkpoint, original, use_reentrant=False, preserve_rng_state=False)
         return torch.cat([again(piece) for piece in hidden.split(MLP_TOKENS, 1)], 1)
 
-    last.forward = forward  # type: ignore[method-assign]
+    last.forward = forward
 
 
 def _take_off(removers: list[Callable[[], None]]) -> None:

@@ -223,7 +223,9 @@ def _kept_outside_layers(layout: Layout, shape: ModelShape, lora: LoraSection) -
     """
     h, r = shape.hidden, residual_bytes(layout)
     in_pieces = fused.is_fused(layout) and layout.micro_batch_tokens > fused.MLP_TOKENS
-    final = r * h if in_pieces else r * h + 8 if shape.norm == "layer" else 4 * h + 4 + (4 * h if trains_all(layout) else 0)
+    final = r * h + 8 if shape.norm == "layer" else 4 * h + 4 + (4 * h if trains_all(layout) else 0)
+    if in_pieces:
+        final = r * h
     tables = 2 if shape.family == "gemma3_text" else 1
     rotary = 0 if shape.learned_positions else int(tables * 2 * r * shape.head_dim * shape.rotary_share)
     frozen = not trains_all(layout) and not saved_whole(shape, lora) and not layout.again(shape.layers)

@@ -21,6 +21,11 @@ Precision = Literal["bf16", "fp16", "fp32"]
 MethodKind = Literal["full", "lora", "qlora", "pretrain"]
 
 
+def policy_name(activations: str, recomputed: int) -> str:
+    """What is done with activations, in a word: `keep`, or `keep8-recompute12` where some layers are not kept."""
+    return f"{activations}-recompute{recomputed}" if recomputed else activations
+
+
 @dataclass(frozen=True)
 class Layout:
     """One legal way to train: a point in the space the planner searches. Nothing in it is left open.
@@ -67,8 +72,8 @@ class Layout:
 
     @property
     def policy(self) -> str:
-        """What is done with activations, in a word: `keep`, or `keep8-recompute12` where some layers are not kept."""
-        return f"{self.activations}-recompute{self.recomputed}" if self.recomputed else self.activations
+        """What is done with activations, in a word."""
+        return policy_name(self.activations, self.recomputed)
 
     @property
     def shared_by(self) -> int:

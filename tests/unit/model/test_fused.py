@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kitaeru.kernels.packed_attention import attend, attend_backward, packed_attention_reference
 from kitaeru.kernels.rows import Arithmetic
-from kitaeru.model import attention
+from kitaeru.model import attention, fused
 from kitaeru.model.fused import FusedLayer, fuse, fused_layer, install
 from kitaeru.model.site import UnfitError
 
@@ -86,6 +86,42 @@ def test_in_full_width_it_is_pefts_layer(kind: str, recompute: bool) -> None:
     assert len(got) == 2 + 2 * 2 * 7
     for name in expected:
         assert apart(got[name], expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("arithmetic", ["16bit", "fp8", "int8"])
+def test_an_mlp_in_pieces_is_the_same(arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows know nothing of each other: only sums over tokens are added in another order."""
+    model, whole = adapted("qwen3")
+    put_on(model, arithmetic, lambda layer: setattr(layer, "recompute", True))
+    expected = run(model, whole)
+    monkeypatch.setattr(fused, "MLP_TOKENS", 10)
+    seen: list[int] = []
+    gated = fused.gated
+    monkeypatch.setattr(fused, "gated", lambda both, *rest: (seen.append(len(both)), gated(both, *rest))[1])
+    got = run(model, whole)
+    assert seen == [10, 10, 4] * 4  # two layers, forward and again
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert apart(got[name], expected[name]) < 1e-6, name
+
+
+def test_a_long_row_s_last_norm_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, whole = adapted("llama")
+    monkeypatch.setattr(fused, "MLP_TOKENS", 10)
+    expected = run(model, whole)
+    ids = torch.randint(0, 160, (1, TOKENS))
+    done = fuse(model, "16bit", keep8=False, recompute=2, probe=lambda: model.model(input_ids=ids, **given()))
+    assert [layer.recompute for layer in done.layers] == [True, True]
+    kept: list[tuple[int, ...]] = []
+    norm = model.model.norm
+
+    def see(_: Any, arguments: tuple[Tensor]) -> None:
+        arguments[0].register_hook(lambda gradient: kept.append(tuple(gradient.shape)))
+
+    norm.register_forward_pre_hook(see)
+    got = run(model, whole)
+    assert kept == [(1, TOKENS, 128)]
+    assert all(apart(got[name], expected[name]) < 1e-5 for name in expected)
 
 
 @pytest.mark.parametrize("arithmetic", ["fp8", "int8"])

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kitaeru.model import fused as fusing
 from kitaeru.model import offload
 from kitaeru.model.offload import Host
 from kitaeru.plan.activations import LEAVING
