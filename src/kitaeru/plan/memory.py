@@ -199,10 +199,10 @@ def moments(
     if some == shape.layers:
         at_work["activations"] += again
     elif some:  # the first layers are computed again, when those that were kept are through
-        whole = activation_bytes(layout.of_again, shape, setting) - (layers - some) * input_bytes(layout, shape)
         computed = workspace_bytes(layout.of_again, shape, setting.lora)[1]
-        first = {"gradients": gradients, "weight_casts": casts // layers, "workspace": computed}
-        with_head.append({**first, "activations": whole + again})
+        there = held or gradients * (layers - some) // layers
+        inputs = some * input_bytes(layout, shape)
+        with_head.append({"gradients": there, "activations": inputs + again, "workspace": computed})
     return [
         *(with_head if head else ()),
         at_work,
