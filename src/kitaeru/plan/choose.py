@@ -487,11 +487,14 @@ def choose(usable: Sequence[Candidate]) -> Candidate:
 
 
 def _fastest(pool: Sequence[Candidate]) -> Candidate:
-    """The fastest; among those nearly as fast the simplest, and of one way the fastest again."""
+    """The fastest; among those nearly as fast the simplest (all layers alike), and of one way the fastest again."""
     order = list(dict.fromkeys(c.layout.way for c in pool))
     best = min(_seconds(c) for c in pool)
     tied = [c for c in pool if _seconds(c) <= best * (1 + TIE)]
-    return min(tied, key=lambda c: (order.index(c.layout.way), round(_seconds(c), 9), c.peak_bytes))
+    return min(
+        tied,
+        key=lambda c: (order.index(c.layout.way), c.layout.recomputed > 0, round(_seconds(c), 9), c.peak_bytes),
+    )
 
 
 def _seconds(candidate: Candidate) -> float:

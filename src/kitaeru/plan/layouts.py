@@ -288,6 +288,8 @@ def _activations_go_somewhere(case: Case) -> str | None:
         return tr("On a CPU activations are in RAM already.")
     if layout.strategy not in BY_LAYER:
         return tr("Activations are offloaded only where a device goes through all layers.")
+    if layout.variant.startswith("offload"):
+        return tr("Weights come from RAM already; activations would have to wait for the same link.")
     return None
 
 

@@ -71,6 +71,7 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     ({"strategy": "tensor", "devices": 2, "activations": "offload"}, {}, A5000, "all layers", {}),
     ({"device": "cpu", "activations": "offload", "precision": "fp32"}, {}, None, "already", {}),
     ({"strategy": "zero2", "devices": 2, "recomputed": 3}, {}, A5000, "goes through all of them", {}),
+    ({"strategy": "fsdp", "variant": "offload", "devices": 2, "activations": "offload"}, {}, A5000, "same link", {}),
     ({"recomputed": 32}, {}, A5000, "checkpointing=true", {}),
     (FULL | {"variant": "disk", "activations": "recompute"}, {}, A5000, "frozen layers", {}),
     ({"variant": "disk"}, {}, A5000, "computed twice", {}),
