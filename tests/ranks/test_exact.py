@@ -89,6 +89,8 @@ SHARDED = {
     "2 copies of 2 pieces": (4, {"shards": 2}),
     "2 copies of 2, kept whole": (4, {"shards": 2, "variant": "grad", "activations": "recompute"}),
     "in RAM": (2, {"variant": "offload"}),
+    "inputs in RAM": (2, {"activations": "offload"}),
+    "one layer computed again": (2, {"recomputed": 1}),
 }
 
 
@@ -100,6 +102,8 @@ SHARDED = {
         ("2 copies of 2, kept whole", "gemma", "full"),
         ("in RAM", "qwen3", "full"),
         ("in RAM", "llama", "lora"),
+        ("inputs in RAM", "gemma", "full"),
+        ("one layer computed again", "llama", "lora"),
     ],
 )
 def test_pieces_are_the_same_training(crew, hard, alone, tmp_path, way, name, method):
