@@ -39,7 +39,7 @@ def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
         if layout.recomputed and recipe.limits.recomputed_layers is None:
             yield Decision("limits.recomputed_layers", layout.recomputed, why)
     if layout.activations == "offload" and recipe.limits.offload_activations is None:
-        yield Decision("limits.offload_activations", True, _why_offload(problem, chosen))
+        yield Decision("limits.offload_activations", True, _why_offload(chosen))
     if recipe.limits.threads is None and layout.device == "cpu":
         cores = problem.hardware.cpu_cores
         if layout.devices == 1:
@@ -146,7 +146,7 @@ def _why_activations(problem: Problem, chosen: Candidate) -> str:
     )
 
 
-def _why_offload(problem: Problem, chosen: Candidate) -> str:
+def _why_offload(chosen: Candidate) -> str:
     wait = chosen.speed.parts.get("offload", 0.0) / chosen.speed.step_seconds if chosen.speed else 0.0
     return tr(
         "What goes into each layer waits in RAM ({size:.1f} GB): on the device it would not fit, or only with smaller "
@@ -178,6 +178,7 @@ def why_chosen(problem: Problem, chosen: Candidate, link: str = "", faster: Cand
         *_speed_sentences(chosen),
         *_arithmetic_sentences(layout),
         *_sharing_sentences(problem, chosen, link),
+        *([_why_offload(chosen)] if layout.activations == "offload" else []),
     ]
     if faster is not None and faster.layout.method != layout.method and faster.layout.base == "nf4":
         sentences.append(
