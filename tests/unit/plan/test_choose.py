@@ -98,26 +98,25 @@ def test_methods_by_room() -> None:
 def test_activations_are_kept_where_there_is_room() -> None:
     assert plan("Qwen/Qwen3-0.6B").layout.activations == "keep"
     assert plan("codellama/CodeLlama-34b-hf").layout.activations == "keep8"
-    for limits, wanted in (({}, "keep-recompute"), ({"checkpointing": True}, "recompute")):
-        made = plan("codellama/CodeLlama-34b-hf", train={"arithmetic": "plain"}, limits=limits)
-        assert made.layout.policy.rstrip("0123456789") == wanted
+    plain = {"arithmetic": "plain"}
+    assert plan("codellama/CodeLlama-34b-hf", train=plain).layout.policy == "recompute"
 
 
 def test_no_more_layers_are_computed_again_than_it_takes() -> None:
     def made_with(**limits: Any) -> Plan:
-        return plan("codellama/CodeLlama-34b-hf", ONE, train={"arithmetic": "plain"}, limits=limits)
+        return plan("stabilityai/japanese-stablelm-base-gamma-7b", ONE, limits=limits)
 
     made, all_of_them = made_with(), made_with(checkpointing=True)
     tokens, count = made.layout.micro_batch_tokens, made.layout.recomputed
     assert (made.recipe.limits.checkpointing, made.recipe.limits.recomputed_layers) == (True, count)
     assert made_with(micro_batch_tokens=tokens, recomputed_layers=count).layout == made.layout
-    with pytest.raises(PlanError, match=f"recomputed_layers={count}|does not fit"):
-        made_with(micro_batch_tokens=tokens, recomputed_layers=count - 1)
+    fewer = made_with(micro_batch_tokens=tokens, recomputed_layers=count - 1)
+    assert (fewer.layout.method, made.layout.method) == ("qlora", "lora")  # the 16-bit base has no room for it
     assert made.chosen.speed is not None
     assert all_of_them.chosen.speed is not None
     assert made.chosen.speed.step_seconds < all_of_them.chosen.speed.step_seconds
     why = next(d.why for d in made.decisions if d.path == "limits.recomputed_layers")
-    assert f"{count} of 48 layers" in why
+    assert f"{count} of 32 layers" in why
 
 
 def test_a_hundred_thousand_tokens_go_through_24_gb() -> None:
