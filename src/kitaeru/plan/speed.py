@@ -34,6 +34,8 @@ from kitaeru.shape import ModelShape
 
 # Where launching and computing take equally long, neither hides all of the other.
 UNHIDDEN = 0.15
+# Widths of heads that cuDNN's kernel for examples of one length takes (`kernels.packed_attention`).
+EVEN_HEADS = (64, 128)
 # A simulated step has at most this many micro-batches; more follow the same beat.
 SIMULATED = 48
 # What one NVMe disk gives in large pieces; a layer read a moment ago comes from RAM where there is room, and faster.
@@ -167,7 +169,9 @@ def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, hea
     tokens = layout.micro_batch_tokens
     inner = [(linear.count * linear.weights, linear.weights**0.5) for linear in shape.linears()]
     table = shape.vocab * shape.hidden
-    kind: AttentionKind = ("even" if load.even else "fused") if fused.is_fused(layout) else "attention"
+    kind: AttentionKind = "attention"
+    if fused.is_fused(layout):
+        kind = "even" if load.even and shape.head_dim in EVEN_HEADS else "fused"
     inside = rates.sized(tokens, inner, load.typical, kind)
     outside = rates.sized(tokens, [(table, table**0.5)], load.typical) if head and table else rates
     return Layer(
