@@ -3,24 +3,24 @@
     python benchmarks/against.py --out benchmarks/results/against-h100.csv --data ja-text/train.jsonl
     python benchmarks/against.py --out /tmp/against.csv --device cpu
 
-Everyone trains the same: the same shape with random weights made on the device (cut in depth by the factor `cut`, where
-that is not 1), the same Japanese text in full rows of `seq_len` tokens, every one of them learnt, `step_tokens` an
-optimizer step, LoRA of rank 16 on all linears, fused AdamW, gradients cut at norm 1, bf16 under autocast. Each contender
-has a process of its own for each point; a point that fails is a row with its error. A run that was cut off goes on with
-what is missing. While one measures, the next imports its libraries, and waits before it computes anything.
+Everyone trains the same: the same shape with random weights made on the device (cut in depth by the factor `cut`,
+where that is not 1), the same Japanese text in full rows of `seq_len` tokens, every one of them learnt, `step_tokens`
+an optimizer step, LoRA of rank 16 on all linears, fused AdamW, gradients cut at norm 1, bf16 under autocast. Each
+contender has a process of its own for each point; a point that fails is a row with its error. A run that was cut off
+goes on with what is missing. While one measures, the next imports its libraries, and waits before it computes anything.
 
 `kitaeru` is its own engine on its own plan. `peft` is transformers with PEFT and bitsandbytes, gradient checkpointing
 (not reentrant) and no weights cast up, `peft-liger` the same with Liger's kernels, `unsloth` Unsloth as it is by
-default, `unsloth-none` without checkpointing. These four are tried with 1, 2, 4… rows in a micro-batch and measured with
-the fastest; they know that no row has padding or a neighbour, and need no mask.
+default, `unsloth-none` without checkpointing. These four are tried with all rows of a step in a micro-batch, half of
+them and so on, and measured with the fastest; no row has padding or a neighbour, so they need no mask.
 
-A cap is the most that torch's allocator may hold in training. The others also see a card of that size (and 1 GiB more):
-what is beyond it is taken.
+A cap (`cap_gib`; 0: the whole card) is the most that torch's allocator may hold in training. The others also see a card
+of that size, and 1 GiB more: what is beyond it is taken.
 
-Roofline: 4 FLOP a frozen weight of the blocks and token, 4 one of the head, 3.5 times the forward FLOP of causal
-attention (2 x layers x tokens x width); 6, 6 and 3.5 where all is trained; at the card's dense rate of bf16 as its table
-has it. `roofline_8bit`: the weights of the blocks at its best rate of 8 bits. Busy: the share of time with a kernel on
-the GPU, torch's profiler over two steps.
+Roofline: 4 FLOP a token for each frozen weight of the blocks and of the head, and 3.5 times the forward FLOP of causal
+attention (2 x layers x tokens x width); where all is trained 6, 6 and 3.5; at the card's dense rate of bf16 as the
+table of kitaeru/hardware_table.json has it. `roofline_8bit`: the weights of the blocks at its best rate of 8 bits.
+Busy: the share of time with a kernel on the GPU, by torch's profiler over two steps (one, where it takes long).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,8 @@ class Point:
 # In the order of their weight.
 POINTS = {
     "8b-qlora-24": Point("llama-3-8b", "qlora"),
-    "13b-qlora-24": Point("llama-2-13b", "qlora"),
-    "34b-qlora-24": Point("codellama-34b", "qlora", step_tokens=8192),
+    "13b-qlora-24": Point("llama-2-13b", "qlora", step_tokens=8192),
+    "34b-qlora-24": Point("codellama-34b", "qlora", step_tokens=4096),
     "8b-qlora": Point("llama-3-8b", "qlora", cap_gib=0),
     "8b-lora": Point("llama-3-8b", "lora", cap_gib=0),
     "8b-qlora-24-8k": Point("llama-3-8b", "qlora", 8192),
@@ -108,7 +108,7 @@ POINTS = {
     "8b-qlora-24-32k": Point("llama-3-8b", "qlora", 32768, step_tokens=32768),
     "8b-full": Point("llama-3-8b", "full", cap_gib=0, cut=4),
     "4b-lora": Point("qwen3-4b", "lora", cap_gib=0),
-    "13b-lora": Point("llama-2-13b", "lora", cap_gib=0),
+    "13b-lora": Point("llama-2-13b", "lora", cap_gib=0, step_tokens=8192),
 }
 # What each process imports before it is its turn, in this order.
 CONTENDERS: dict[str, tuple[str, ...]] = {
@@ -167,7 +167,7 @@ def config_of(point: Point, *, small: bool = False) -> dict[str, Any]:
 
 
 def roofline(shape: ModelShape, method: str, seq_len: int, blocks: float, others: float) -> float:
-    """Tokens/s at which the arithmetic alone takes all the time; `blocks` and `others` in TFLOP/s, nought if unknown."""
+    """Tokens/s at which the arithmetic alone takes all the time; `blocks` and `others` in TFLOP/s, 0 where unknown."""
     if not blocks or not others:
         return 0.0
     a_weight = 6 if method == "full" else 4
@@ -181,12 +181,15 @@ def roofline(shape: ModelShape, method: str, seq_len: int, blocks: float, others
 
 @dataclass
 class Runner:
-    """A contender that is ready: one optimizer step, the micro-batch it takes, and how it works in a few words."""
+    """A contender that is ready: an optimizer step, the micro-batch it takes, how it works in a few words, and how many
+    steps it needs before it is measured.
+    """
 
     step: Callable[[], float]
     micro_tokens: int
     trained: int
     how: str
+    warm: int
     ballast_bytes: int = 0
 
 
@@ -222,14 +225,14 @@ def measure(runner: Runner, job: Job, begun: float) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     seconds: list[float] = []
     loss, ready = 0.0, 0.0
-    for _ in range(job.warm + job.timed):
+    for _ in range(runner.warm + job.timed):
         wait()
         started = time.perf_counter()
         loss = runner.step()
         wait()
         seconds.append(time.perf_counter() - started)
         ready = ready or time.perf_counter() - begun
-    median = statistics.median(seconds[job.warm :])
+    median = statistics.median(seconds[runner.warm :])
     found = {
         "tokens_per_second": round(job.step_tokens / median, 1),
         "steps": job.timed,
@@ -387,7 +390,7 @@ def ours(job: Job) -> Runner:
         return losses[-1]
 
     how = f"{plan.layout.name}; {plan.layout.arithmetic}, {plan.layout.activations}"
-    return Runner(step, plan.layout.micro_batch_tokens, sum(p.numel() for _, p in trainee.named), how)
+    return Runner(step, plan.layout.micro_batch_tokens, sum(p.numel() for _, p in trainee.named), how, job.warm)
 
 
 @contextmanager
@@ -441,7 +444,8 @@ def theirs(job: Job) -> Runner:
         return float(torch.stack(losses).sum())
 
     count = sum(parameter.numel() for parameter in trained)
-    return Runner(step, rows * job.seq_len, count, how, sum(tensor.nbytes for tensor in ballast))
+    # The passes are compiled and warm already.
+    return Runner(step, rows * job.seq_len, count, how, 1, sum(tensor.nbytes for tensor in ballast))
 
 
 def fastest(passes: Callable[[int], Any], job: Job, clear: Callable[[], None]) -> int:
@@ -555,9 +559,11 @@ def _unsloth(job: Job, ballast: list[Any]) -> tuple[Any, str]:
             load_in_4bit=job.method == "qlora",
             load_in_16bit=job.method == "lora",
             full_finetuning=full,
+            float32_mixed_precision=full or None,  # 32-bit weights, as the others keep them
             use_gradient_checkpointing=checkpointing,
         )
     if not full:
+        # Without targets: q, k, v, o, gate, up, down, and a mixture's experts.
         model = FastLanguageModel.get_peft_model(
             model, r=RANK, lora_alpha=ALPHA, use_gradient_checkpointing=checkpointing, random_state=SEED
         )
@@ -596,14 +602,25 @@ def job_of(name: str, contender: str, arguments: argparse.Namespace) -> Job:
 
 def start(job: Job, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
     """A contender's process, which imports and waits."""
+    path = os.environ.get("PYTHONPATH", "")
+    if arguments.site and {"unsloth", "liger_kernel.transformers"} & set(CONTENDERS[job.contender]):
+        path = os.pathsep.join(filter(None, (str(arguments.site), path)))
     environment = os.environ | {
+        "PYTHONPATH": path,
         "KITAERU_DATA": str(arguments.work / "data"),
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "UNSLOTH_COMPILE_LOCATION": str(arguments.work / "unsloth"),
     }
-    words = [sys.executable, str(Path(__file__).resolve()), "--out", str(arguments.out), "--job", json.dumps(asdict(job))]
+    words = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--out",
+        str(arguments.out),
+        "--job",
+        json.dumps(asdict(job)),
+    ]
     with (Path(job.folder) / "log").open("wb") as log:
         return subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -633,10 +650,8 @@ def finish(process: subprocess.Popen[bytes], job: Job, seconds: float) -> dict[s
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End it, with what it has started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -660,12 +675,12 @@ def run(arguments: argparse.Namespace) -> None:
                 return
             started, point = time.monotonic(), POINTS[name]
             row: dict[str, Any] = {"point": name, "contender": contender} | asdict(point)
-            row["cap_gib"] = point.cap_gib or ""
             ready((name, contender))
             if (name, contender) not in waiting:
                 row["error"] = "needs a GPU"
             else:
                 job, process = waiting[name, contender]
+                row |= {"seq_len": job.seq_len, "step_tokens": job.step_tokens}
                 if arguments.device == "cuda" and index + 1 < len(todo):
                     ready(todo[index + 1])
                 row |= finish(process, job, min(left, arguments.point_seconds))
@@ -685,7 +700,9 @@ def told(row: dict[str, Any]) -> str:
         return f"{name} failed: {row['error']} ({row['seconds']} s)"
     words = [f"{float(row['tokens_per_second']):>9,.0f} tokens/s", f"{row['micro_tokens']} tokens a pass", row["how"]]
     if row.get("peak_gib"):
-        words.insert(1, f"{row['peak_gib']:.1f} GiB, {row['share_of_bf16']:.0%} of the roofline, busy {row['busy']:.0%}")
+        words.insert(
+            1, f"{row['peak_gib']:.1f} GiB, {row['share_of_bf16']:.0%} of the roofline, busy {row['busy']:.0%}"
+        )
     return f"{name} {', '.join(words)} ({row['seconds']} s)"
 
 
@@ -721,6 +738,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=QUICKSTART, help="JSONL with `text` or `messages`")
     parser.add_argument("--work", type=Path, default=Path("runs/against"))
     parser.add_argument("--profile", type=Path, help="kitaeru's measured rates of this machine (profile.json)")
+    parser.add_argument("--site", type=Path, help="a folder of packages that Unsloth and Liger alone shall see")
     parser.add_argument("--warm", type=int, default=3)
     parser.add_argument("--timed", type=int, default=6)
     parser.add_argument("--job", help=argparse.SUPPRESS)

@@ -20,13 +20,14 @@ def on_device(
 ) -> Any:
     """A causal model of a transformers config in `dtype`.
 
-    With a `base` of "nf4" or "int8" the linear layers inside its blocks are packed as bitsandbytes packs a model that is
-    loaded, for products in `compute`; with `experts` a mixture's stacks too, as kitaeru packs them.
+    With a `base` of "nf4" or "int8" the linear layers inside its blocks are packed as bitsandbytes packs a model that
+    is loaded, for products in `compute`; with `experts` a mixture's stacks too, as kitaeru packs them.
     """
     from transformers import AutoModelForCausalLM
 
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.to(device)  # what a model's own code has put elsewhere
     if base != "none":
         if experts:
             _pack_experts(model, base)
