@@ -72,6 +72,7 @@ POINTS = {
     "fsdp-offload-qlora": Point("fsdp", "qlora", 2, "single-qlora", variant="offload"),
     "fsdp-2x2-qlora": Point("fsdp", "qlora", 4, "single-qlora", 2),
     "pipeline-lora": Point("pipeline", "lora", 2, "single-lora"),
+    "tensor-lora": Point("tensor", "lora", 2, "single-lora"),
     "model_parallel-qlora": Point("model_parallel", "qlora", 2, "single-qlora"),
     "pipeline-dp2-qlora": Point("pipeline", "qlora", 4, "single-qlora", 2),
     "pipeline-4-qlora": Point("pipeline", "qlora", 4, "single-qlora", 4),
@@ -184,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", type=Path, help="a folder from a run before, or where to make one")
     parser.add_argument("--layers", type=int, default=4, help="depth of the model")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--budget-seconds", type=float, default=150, help="for everything, making the model included")
@@ -195,8 +197,9 @@ def main() -> None:
     started = time.monotonic()
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
-    model = arguments.work / "model"
-    make_model(arguments.device, arguments.layers, model)
+    model = arguments.model or arguments.work / "model"
+    if not model.exists():
+        make_model(arguments.device, arguments.layers, model)
     rows = []
     for name in arguments.points:
         left = arguments.budget_seconds - (time.monotonic() - started)
