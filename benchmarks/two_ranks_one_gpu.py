@@ -13,7 +13,6 @@ beside the planned one. What does not fit the budget is recorded as not run.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from table import write
 
 import kitaeru
 from kitaeru import events
@@ -210,11 +210,7 @@ def main() -> None:
             outcome = run_point(words, arguments.work / f"{name}.log", min(left, arguments.point_seconds))
         rows.append(row_of(name, run, arguments.work / like if like else None, outcome, time.monotonic() - begun))
         print(json.dumps(rows[-1]), flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write(arguments.out, rows, FIELDS)
 
 
 if __name__ == "__main__":
