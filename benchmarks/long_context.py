@@ -1,6 +1,6 @@
 """One very long example, and a model that hardly fits: what activations by layer make possible on a card of 24 GB.
 
-Shapes are real, weights random and made on the device layer by layer, packed to 4 bits at once. Each point is planned
+Shapes are real, weights random, drawn on the device and packed to 4 bits one after the other. Each point is planned
 under a cap of 24 GiB, built by the engine's own passes, tried (`preflight`) and trained for a few steps.
 
     python benchmarks/long_context.py --out benchmarks/results/long-context-h100.csv
@@ -17,13 +17,13 @@ import resource
 import statistics
 import tempfile
 import time
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from planner_grid import GIB, MODELS, SHRINK, Point, _corpus, append, config_of, pack_linears
+from planner_grid import GIB, MODELS, SHRINK, Point, _corpus, config_of
+from table import append
 
 from kitaeru import __version__
 from kitaeru.machine.probe import probe
@@ -77,34 +77,17 @@ def planned(name: str, folder: Path, *, small: bool) -> Plan:
 
 
 def make_model(section: Any, layout: Any, seed: int, *_: Any) -> Any:
-    """A model of the Llama family whose layers are made and packed one after the other, as `load_model` gives it."""
+    """A model as `load_model` gives it, drawn and packed one weight after the other."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from random_model import on_device
 
     from kitaeru.model import load
 
     config = load.load_config(section)
     torch.manual_seed(seed)
-    device, dtype = torch.device(layout.device), load.DTYPES[layout.precision]
-    first = copy(config)
-    first.num_hidden_layers = 1
-    attention = load.attention_for(section, config)
-    with device:
-        model: Any = AutoModelForCausalLM.from_config(first, dtype=dtype, attn_implementation=attention)
-    layers = model.model.layers
-    usual = torch.get_default_dtype()
-    for index in range(config.num_hidden_layers):
-        if index:
-            torch.set_default_dtype(dtype)
-            with device:
-                layers.append(type(layers[0])(model.config, index))
-            torch.set_default_dtype(usual)
-        pack_linears(layers[index], layout, device)
-    model.config.num_hidden_layers = config.num_hidden_layers
-    model.is_loaded_in_4bit = True
-    if layout.device == "cpu":
-        load.keep_trainable_packing(model)
-    return model
+    dtype = load.DTYPES[layout.precision]
+    how: Any = {"base": layout.base, "compute": dtype, "attention": load.attention_for(section, config)}
+    return on_device(config, torch.device(layout.device), dtype=dtype, **how)
 
 
 def measure(name: str, steps: int, *, small: bool) -> dict[str, Any]:
@@ -187,7 +170,7 @@ def main() -> None:
     for name in arguments.points:
         row = measure(name, arguments.steps, small=small)
         print(json.dumps(row), flush=True)
-        append(arguments.out, row, FIELDS)
+        append(arguments.out, [row], FIELDS)
         gc.collect()
         if not small:
             import torch

@@ -2,9 +2,9 @@
 
 With `limits.devices: 2` on a machine with one GPU both ranks use it and talk through gloo, point-to-point by way of
 the CPU (NCCL refuses to share a GPU). That proves the code on CUDA, not its speed. The model has the shape of an 8B
-one, cut in depth, with random weights; each point is a real run of the command line in a process of its own. A row
-says how far losses are from the single process's, how many answers are the same, and each rank's peak memory beside
-the planned one. What does not fit the budget is recorded as not run.
+one, cut in depth and vocabulary, with random weights; each point is a real run of the command line in a process of its
+own. A row says how far losses are from the single process's, how many answers are the same, and each rank's peak memory
+beside the planned one. What does not fit the budget is recorded as not run.
 
     python benchmarks/two_ranks_one_gpu.py --out benchmarks/results/two-ranks-one-gpu.csv
     python benchmarks/two_ranks_one_gpu.py --device cpu --out /tmp/two-ranks.csv     # a tiny shape, to try the script
@@ -13,7 +13,6 @@ the planned one. What does not fit the budget is recorded as not run.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from table import write
 
 import kitaeru
 from kitaeru import events
@@ -37,7 +37,7 @@ from kitaeru.recipe.fields import leaves
 SHAPES = {
     "cuda": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 128256, "rope_theta": 500000.0,
+        "head_dim": 128, "vocab_size": 32768, "rope_theta": 500000.0,
     },
     "cpu": {
         "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -210,11 +210,7 @@ def main() -> None:
             outcome = run_point(words, arguments.work / f"{name}.log", min(left, arguments.point_seconds))
         rows.append(row_of(name, run, arguments.work / like if like else None, outcome, time.monotonic() - begun))
         print(json.dumps(rows[-1]), flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write(arguments.out, rows, FIELDS)
 
 
 if __name__ == "__main__":

@@ -172,4 +172,4 @@ def expanded_bytes(layout: Layout, shape: ModelShape) -> float:
 
 
 # Kernels and calls of one layer's forward pass, and of its backward pass.
-OPERATIONS = {True: 30.0, False: 50.0}
+OPERATIONS = {True: 138.0, False: 230.0}
