@@ -218,20 +218,27 @@ def activation_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int
 def _kept_outside_layers(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """Ids, positions and targets; rotary tables; the final norm, with its result when its weight is trained.
 
-    A frozen embedding needs no gradient, so the very first norm keeps nothing unless recomputation asks for one. Beside
-    fused layers a norm of many tokens goes in pieces and keeps what goes in.
+    A frozen embedding needs no gradient, so the very first norm keeps nothing unless recomputation asks for one.
     """
     h, r = shape.hidden, residual_bytes(layout)
-    in_pieces = fused.is_fused(layout) and layout.micro_batch_tokens > fused.MLP_TOKENS
-    final = r * h + 8 if shape.norm == "layer" else 4 * h + 4 + (4 * h if trains_all(layout) else 0)
-    if in_pieces:
-        final = r * h
     tables = 2 if shape.family == "gemma3_text" else 1
     rotary = 0 if shape.learned_positions else int(tables * 2 * r * shape.head_dim * shape.rotary_share)
     frozen = not trains_all(layout) and not saved_whole(shape, lora) and not layout.again(shape.layers)
     frozen = frozen and not fused.is_fused(layout)
     first = (r * h + 8 if shape.norm == "layer" else 4 * h + 4) if frozen else 0
-    return layout.micro_batch_tokens * (3 * 8 + rotary + final - first)
+    return last_norm_bytes(layout, shape) + layout.micro_batch_tokens * (3 * 8 + rotary - first)
+
+
+def last_norm_bytes(layout: Layout, shape: ModelShape) -> int:
+    """What the norm after all layers keeps. Beside fused layers it takes a piece of many tokens at a time, and keeps
+    what goes in.
+    """
+    h, r, tokens = shape.hidden, residual_bytes(layout), layout.micro_batch_tokens
+    if fused.is_fused(layout) and tokens > fused.MLP_TOKENS:
+        return tokens * r * h
+    if shape.norm == "layer":
+        return tokens * (r * h + 8)
+    return tokens * (4 * h + 4 + (4 * h if trains_all(layout) else 0))
 
 
 def input_bytes(layout: Layout, shape: ModelShape) -> int:

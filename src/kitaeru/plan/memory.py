@@ -14,6 +14,7 @@ from kitaeru.plan.activations import (
     activation_bytes,
     cast_bytes,
     input_bytes,
+    last_norm_bytes,
     one_layer_bytes,
     recomputed_layer_bytes,
 )
@@ -195,17 +196,20 @@ def moments(
         {"gradients": held, "weight_casts": casts, "activations": kept, "head": head_bytes(layout, shape)},
         {**start, "activations": kept, "workspace": norm},
     ]
-    at_work = {**start, "activations": kept, "workspace": layer, "head": trained_head // 2}
-    if some == shape.layers:
-        at_work["activations"] += again
-    elif some:  # the first layers are computed again, when those that were kept are through
+    later = []
+    if 0 < some < layers:  # the first layers are computed again, when those that were kept are through
         computed = workspace_bytes(layout.of_again, shape, setting.lora)[1]
         there = held or gradients * (layers - some) // layers
         inputs = some * input_bytes(layout, shape)
-        with_head.append({"gradients": there, "activations": inputs + again, "workspace": computed})
+        later = [{"gradients": there, "activations": inputs + again, "workspace": computed}]
+        again = 0
+    if fused.is_fused(layout):  # by then what the last norm kept is gone; beside a kept layer the stream is there twice
+        gone = last_norm_bytes(layout, shape) - (0 if again else input_bytes(layout, shape))
+        again -= int(gone * sets)
     return [
         *(with_head if head else ()),
-        at_work,
+        {**start, "activations": kept + again, "workspace": layer, "head": trained_head // 2},
+        *later,
         {"gradients": gradients, "activations": last, "workspace": layer},
         {"gradients": gradients, "workspace": _step_workspace(layout, shape, setting)},
     ]
