@@ -9,11 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
 from kitaeru.hardware import Hardware, parse_gpus
+from kitaeru.plan.types import Plan
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 MEASURED = BENCHMARKS / "results" / "planner-grid-h100.csv"
@@ -99,18 +99,17 @@ def replayed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float |
     machine = Hardware.load(MEASURED.with_suffix(".machine.json"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KITAERU_DATA", str(data))
-        return [
-            row | grid.predicted(grid.planned(_as_measured(row), machine))
-            for row in grid.read(MEASURED)
-            if not row["error"]
-        ]
+        return [row | grid.predicted(_as_measured(row, machine)) for row in grid.read(MEASURED) if not row["error"]]
 
 
-def _as_measured(row: dict[str, str]) -> Any:
-    """The point of a row; where it left the choice open, what was chosen then."""
-    *_, activations, tokens = row["layout"].split("/")
+def _as_measured(row: dict[str, str], machine: Hardware) -> Plan:
+    """The plan of a row; where it left the choice open and another would be taken today, what was taken then."""
     point = grid.point_of(row)
-    return point if point.tokens else replace(point, activations=activations.removesuffix("8"), tokens=int(tokens))
+    plan = grid.planned(point, machine)
+    if point.tokens or plan.layout.name == row["layout"]:
+        return plan
+    *_, activations, tokens = row["layout"].split("/")
+    return grid.planned(replace(point, activations=activations.removesuffix("8"), tokens=int(tokens)), machine)
 
 
 def _off(rows: list[dict[str, float | str]], before: str, after: str) -> dict[str, float]:
