@@ -1,6 +1,7 @@
 """The thin products of an adapter: x P^T beside x, and the gradients of A and B.
 
-x: Rows [T, K]; P: [R, K] in 16 bits (all A that read x, one below the other; on the way back all B, transposed).
+x: Rows [T, K]; P: [R, K] in 16 bits (all A that read x, one below the other; on the way back all B, transposed). Where
+x lies turned P is given turned, so that their product is what it was.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from torch import Tensor
 from kitaeru.kernels.frozen import write_adapter
 from kitaeru.kernels.rows import Rows
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.turned import turn
 
 # Programs that share the sum over tokens, so that a narrow matrix keeps the whole device busy.
 PROGRAMS = 264
 
 
 def project_reference(x: Rows, p: Tensor) -> Tensor:
-    """The definition: x P^T [T, R] in the dtype of P; the further columns of x are filled with it."""
+    """The definition: x P^T [T, R] in the dtype of P, both turned or none; x's further columns are filled with it."""
     wide = p.dtype if p.dtype == torch.float64 else torch.float32
-    thin = (x.values.to(wide) @ p.T.to(wide)).to(p.dtype)
+    thin = (x.lying.to(wide) @ p.T.to(wide)).to(p.dtype)
     if x.data.shape[1] > x.width:
         write_adapter(thin, x.scale, x.data, x.width, weight=False)
     return thin
@@ -65,7 +67,8 @@ def outer(p: Tensor, x: Rows) -> Tensor:
         SCALED=x.scale is not None, ROWS=block, COLUMNS=columns, RANK=triton.next_power_of_2(max(rank, 16)),
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    return out[0] if parts == 1 else out.sum(0)
+    total = out[0] if parts == 1 else out.sum(0)
+    return turn(total) if x.turned else total
 
 
 if triton is not None:

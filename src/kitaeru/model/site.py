@@ -19,7 +19,8 @@ from kitaeru.i18n import tr
 from kitaeru.kernels.adapter import outer, project
 from kitaeru.kernels.frozen import Scales, Stored, expand, scales_of, write_adapter
 from kitaeru.kernels.product import product
-from kitaeru.kernels.rows import Arithmetic, Rows, storage
+from kitaeru.kernels.rows import Arithmetic, Rows, storage, turns
+from kitaeru.kernels.turned import TURN, turn
 from kitaeru.plan.fused import extra_columns
 from kitaeru.plan.stored import NF4_BLOCK
 
@@ -50,9 +51,22 @@ class Member:
     scaling: float = 0.0
 
 
+@dataclass(frozen=True)
+class Thin:
+    """The adapters of a site: all A, one below the other [R, K], and all B, each in its own rows, scaled and transposed
+    [R, N]; and both once more as `project` reads them, turned where its rows are.
+    """
+
+    down: Tensor
+    up: Tensor
+    down_read: Tensor
+    up_read: Tensor
+
+
 @dataclass
 class Site:
-    """Linear layers that share their input, in one arithmetic.
+    """Linear layers that share their input, in one arithmetic; in 16 bits where INT8 is wanted and a side is
+    not a multiple of 64.
 
     `holds`: expanded weights are held once they are made, 1 or 2 bytes a weight for each pass, instead of for one
     product; by default on a CPU, whose references expand slowly.
@@ -65,10 +79,12 @@ class Site:
     scales: Scales = field(init=False)
     bias: Tensor | None = field(init=False)
     _seen: tuple[int, ...] = ()
-    _thin: tuple[Tensor, Tensor] | None = None
+    _thin: Thin | None = None
     _held: dict[bool, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if turns(self.dtype) and any(side % TURN for m in self.members for side in m.stored.shape):
+            self.arithmetic = "16bit"
         self.scales = scales_of([m.stored for m in self.members], self.dtype)
         self.holds = self.holds or self.members[0].stored.data.device.type == "cpu"
         biases = [m.bias for m in self.members]
@@ -106,8 +122,8 @@ class Site:
         """What is trained: A and B of each adapted member."""
         return [p for m in self.members if m.a is not None and m.b is not None for p in (m.a, m.b)]
 
-    def thin(self) -> tuple[Tensor, Tensor]:
-        """All A, one below the other [R, K], and all B, each in its own rows, scaled and transposed [R, N]."""
+    def thin(self) -> Thin:
+        """The adapters as they are now, copied once for each step of the optimizer."""
         seen = (_steps, *(p._version for p in self.parameters))
         if self._thin is None or seen != self._seen:
             with torch.no_grad():
@@ -119,7 +135,8 @@ class Site:
                         up[row : row + len(m.a), column : column + len(m.b)] = (m.b * m.scaling).T
                         row += len(m.a)
                     column += m.stored.shape[0]
-            self._seen, self._thin = seen, (down, up)
+                read = (turn(down), turn(up)) if turns(self.dtype) else (down, up)
+            self._seen, self._thin = seen, Thin(down, up, *read)
         return self._thin
 
     def forward(self, x: Rows) -> tuple[Tensor, Tensor | None]:
@@ -127,18 +144,18 @@ class Site:
         if not self.rank:
             w = self._expanded(x.data, transposed=False)
             return self._biased(product(x, w, self.scales.forward, self.compute)), None
-        down, up = self.thin()
-        thin = project(x, down)
-        w = self._expanded(up.T, transposed=False)
-        apart = None if self.extra else (thin, up.T)
+        adapter = self.thin()
+        thin = project(x, adapter.down_read)
+        w = self._expanded(adapter.up.T, transposed=False)
+        apart = None if self.extra else (thin, adapter.up.T)
         return self._biased(product(x, w, self.scales.forward, self.compute, apart)), thin
 
     def backward(self, dy: Rows, *, needs_input: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """The gradient of x [T, K] (if it is needed), and that of x A^T [T, R]. Writes the further columns of dy."""
-        thin, down, up = None, dy.data, dy.data
+        thin, down = None, dy.data
         if self.rank:
-            down, up = self.thin()
-            thin = project(dy, up)
+            adapter = self.thin()
+            thin, down = project(dy, adapter.up_read), adapter.down
         if not needs_input:
             return None, thin
         w = self._expanded(down.T, transposed=True)
