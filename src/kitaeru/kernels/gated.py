@@ -53,8 +53,7 @@ def gated(both: Tensor, activation: Activation, dtype: torch.dtype, extra: int, 
     _gated[(tokens,)](
         both, rows.data, rows.scale, kept.gate.data, kept.gate.scale, kept.up.scale, rows.data.stride(0), width,
         TOP=top(dtype), INT8=dtype == torch.int8, KEEP_TOP=top(keep), KEEP_INT8=keep == torch.int8,
-        SILU=activation == "silu", BLOCK=row_block(width, turned=rows.turned, most=BLOCK),
-        num_warps=16 if width > 2048 else 8,
+        SILU=activation == "silu", **_block(width, turned=rows.turned),
     )  # fmt: skip
     return rows, kept
 
@@ -91,9 +90,15 @@ def gated_backward(
         upstream, kept.gate.data, kept.gate.scale, kept.up.data, kept.up.scale, kept.gate.data.stride(0),
         gradient.data, gradient.scale, product.data, product.scale, gradient.data.stride(0), width,
         SCALED=kept.gate.scale is not None, TOP=top(dtype), INT8=dtype == torch.int8, SILU=activation == "silu",
-        BLOCK=row_block(width, turned=gradient.turned, most=BLOCK), num_warps=16 if width > 2048 else 8,
+        **_block(width, turned=gradient.turned),
     )  # fmt: skip
     return gradient, product
+
+
+def _block(width: int, *, turned: bool) -> dict[str, int]:
+    """Columns at a time and warps; half of them where they are turned, which takes twice the registers."""
+    block = row_block(width, turned=turned, most=BLOCK // 2 if turned else BLOCK)
+    return {"BLOCK": block, "num_warps": 16 if block == BLOCK else 8}
 
 
 def _act(gate: Tensor, activation: Activation) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.rows import Rows, empty_rows, put_rows, row_block, top
+from kitaeru.kernels.rows import Rows, empty_rows, put_rows, row_block, row_warps, top
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
 
 if triton is not None:
@@ -41,7 +41,7 @@ def norm(
     _norm[(tokens,)](
         x, delta, total, weight, rows.data, rows.scale, rstd, rows.data.stride(0), width, eps,
         TOP=top(dtype), INT8=dtype == torch.int8, ADD=delta is not None, BLOCK=row_block(width, turned=rows.turned),
-        num_warps=_warps(width),
+        num_warps=row_warps(width),
     )  # fmt: skip
     return total, rows, rstd
 
@@ -76,13 +76,9 @@ def norm_backward(
         y.data.stride(0), 0 if rows is None else rows.data.stride(0), width,
         SCALED=y.scale is not None, TURNED=y.turned, WRITE=rows is not None, TOP=0.0 if dtype is None else top(dtype),
         INT8=dtype == torch.int8, BLOCK=row_block(width, turned=y.turned or dtype == torch.int8),
-        num_warps=_warps(width),
+        num_warps=row_warps(width),
     )  # fmt: skip
     return result, rows
-
-
-def _warps(width: int) -> int:
-    return 4 if width <= 2048 else 8 if width <= 8192 else 16
 
 
 if triton is not None:

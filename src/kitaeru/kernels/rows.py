@@ -73,6 +73,11 @@ def row_block(width: int, *, turned: bool, most: int = 1 << 20) -> int:
     return max(1024 if turned else 1, min(most, int(triton.next_power_of_2(width))))
 
 
+def row_warps(width: int) -> int:
+    """Warps for a kernel that holds a whole row: at most 32 numbers a thread, up to 16,384 columns."""
+    return 4 if width <= 2048 else 8 if width <= 8192 else 16
+
+
 def empty_rows(tokens: int, width: int, extra: int, dtype: torch.dtype, like: Tensor, *, plain: bool = False) -> Rows:
     """Rows to be filled, on the device of `like`; `plain`: not turned, for what no product reads."""
     data = torch.empty((tokens, width + extra), dtype=dtype, device=like.device)
@@ -101,8 +106,8 @@ def round_rows(values: Tensor, dtype: torch.dtype, extra: int = 0) -> Rows:
         return put_rows(values, rows)
     _round[(len(values),)](
         values, rows.data, rows.scale, values.stride(0), rows.data.stride(0), rows.width,
-        TOP=top(dtype), INT8=dtype == torch.int8, BLOCK=row_block(rows.width, turned=rows.turned, most=4096),
-        num_warps=8,
+        TOP=top(dtype), INT8=dtype == torch.int8, BLOCK=row_block(rows.width, turned=rows.turned),
+        num_warps=row_warps(rows.width),
     )  # fmt: skip
     return rows
 
@@ -122,24 +127,12 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         x += row * x_stride
         y += row * y_stride
-        columns = tl.arange(0, BLOCK)
-        factor = 1.0
+        at = tl.arange(0, BLOCK)
+        values = tl.load(x + at, mask=at < width, other=0).to(tl.float32)
         if INT8:
-            matrix = turning()
+            values = turned(values, turning(), BLOCK // 64)
         if TOP > 0:
-            largest = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, width, BLOCK):
-                at = start + columns
-                values = tl.load(x + at, mask=at < width, other=0).to(tl.float32)
-                if INT8:
-                    values = turned(values, matrix, BLOCK // 64)
-                largest = tl.maximum(largest, tl.abs(values))
-            step = tl.maximum(tl.max(largest, 0) / TOP, 1e-12)
+            step = tl.maximum(tl.max(tl.abs(values), 0) / TOP, 1e-12)
             tl.store(scale + row, step)
-            factor = 1.0 / step
-        for start in range(0, width, BLOCK):
-            at = start + columns
-            values = tl.load(x + at, mask=at < width, other=0).to(tl.float32)
-            if INT8:
-                values = turned(values, matrix, BLOCK // 64)
-            store_rounded(y + at, values * factor, at < width, INT8)
+            values *= 1.0 / step
+        store_rounded(y + at, values, at < width, INT8)

@@ -169,12 +169,12 @@ def expanded_bytes(layout: Layout, shape: ModelShape) -> float:
 def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
     """FLOP in 16 bits that turn one layer's rows and weights for one pass: 64 products and additions a number.
 
-    Kernels that read a row twice, once for its scale, turn it twice.
+    The kernels of the gate read a row twice, once for its scale, and turn it twice.
     """
     if not _turns(layout):
         return 0.0
     h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
-    rows = 2 * h + 2 * q + 2 * f if forward else 5 * h + 4 * f + 2 * (q + 2 * kv)
+    rows = 2 * h + q + 2 * f if forward else 4 * h + 4 * f + q + 2 * kv
     return 2.0 * NF4_BLOCK * (layout.micro_batch_tokens * rows + shape.linear_parameters() / shape.layers)
 
 
