@@ -11,13 +11,17 @@ from kitaeru.kernels.turned import TURN, hadamard, turn
 from .test_rows_norm_gated_rotary import FP8, apart, draw
 
 
-def test_the_matrix_is_orthogonal_symmetric_and_as_the_kernels_make_it() -> None:
+def test_the_matrix_is_its_own_inverse() -> None:
     matrix = hadamard(torch.device("cpu"), torch.float64)
     assert torch.equal(matrix, matrix.T)
     assert torch.equal(matrix @ matrix, torch.eye(TURN, dtype=torch.float64))
-    signs = [[-1 if (i & j).bit_count() % 2 else 1 for j in range(TURN)] for i in range(TURN)]
-    assert torch.equal(matrix, torch.tensor(signs, dtype=torch.float64) / 8)
-    assert torch.equal(matrix.bfloat16().double(), matrix)
+    assert torch.equal(matrix.bfloat16().double(), matrix)  # which is how kernels hold it
+
+
+def test_neither_an_outlier_nor_a_mean_stays_in_one_place() -> None:
+    """A single number, and a constant, become 64 numbers of one size."""
+    for row in (torch.eye(TURN)[3], torch.ones(TURN)):
+        assert torch.allclose(turn(row).abs(), (row.norm() / 8).expand(TURN))
 
 
 def test_turned_on_both_sides_a_product_is_what_it_was() -> None:
