@@ -282,7 +282,7 @@ def measure(point: Point, hardware: Hardware, folder: Path, *, small: bool, warm
     if on_gpu:
         torch.cuda.empty_cache()
         left = torch.cuda.memory_allocated()
-        if left > 64 << 20:
+        if left > 160 << 20:
             raise RuntimeError(f"{left} bytes are left from the point before")
     with mock.patch.object(engine, "load_model", _make_model):  # weights made on the device, not those on a disk
         trainee = engine.build(plan, load_tokenizer(ModelSection(name="bundled")), hear)
@@ -346,11 +346,14 @@ def _corpus(plan: Plan, vocabulary: int) -> Any:
 
 
 def _make_model(section: Any, layout: Any, seed: int, *_: Any) -> Any:
-    """As `model.load.load_model` would give it: dtype, packing of the base, attention, device."""
+    """As `model.load.load_model` would give it: dtype, packing of the base, attention, device. One weight after the
+    other is drawn and packed, so that no model need fit whole.
+    """
     import torch
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    from kitaeru.model import load
+    from kitaeru.model import experts, load
 
     config = load.load_config(section)
     dtype = torch.float32 if layout.method in ("full", "pretrain") else load.DTYPES[layout.precision]
@@ -359,12 +362,34 @@ def _make_model(section: Any, layout: Any, seed: int, *_: Any) -> Any:
     capped = layout.device == "cuda"
     if capped:  # the cap is for training: a real model is packed on its way to the device
         torch.cuda.set_per_process_memory_fraction(1.0)
-    with device:
+    with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=load.attention_for(section, config)
         )
     if layout.base != "none":
-        _pack(model, layout, device)
+        experts.make_room(model, layout.base)
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if layout.base != "none" and type(module) is torch.nn.Linear and module is not head:
+                setattr(parent, name, _packed(module, layout, device, dtype))
+    for module in model.modules():
+        if isinstance(module, experts.PackedExperts):
+            for name, shape in module.shapes.items():
+                experts.fill(module, name, _drawn(shape, device, dtype))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                drawn = _drawn(parameter.shape, device, dtype)
+                setattr(module, name, torch.nn.Parameter(drawn, parameter.requires_grad))
+    model.tie_weights()
+    model.to(device)
+    if layout.base == "nf4":
+        model.is_loaded_in_4bit = True
+        if layout.device == "cpu":
+            load.keep_trainable_packing(model)
+    elif layout.base == "int8":
+        model.is_loaded_in_8bit = True
     if capped and CAP:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP[0] / torch.cuda.get_device_properties(0).total_memory))
@@ -375,36 +400,31 @@ def _make_model(section: Any, layout: Any, seed: int, *_: Any) -> Any:
 CAP: list[float] = []
 
 
-def _pack(model: Any, layout: Any, device: Any) -> None:
-    """Linear layers inside the blocks in 4 or 8 bits, as bitsandbytes packs a model that is loaded."""
-    import bitsandbytes as bnb
+def _drawn(shape: Any, device: Any, dtype: Any) -> Any:
     import torch
 
-    from kitaeru.model.load import DTYPES, keep_trainable_packing
+    if len(shape) < 2:
+        return torch.ones(shape, device=device, dtype=dtype)
+    return torch.empty(tuple(shape), device=device, dtype=dtype).normal_(0, 0.02)
 
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if type(linear) is not torch.nn.Linear or linear is head:
-                continue
-            sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-            weight = linear.weight.data
-            if layout.base == "nf4":
-                how: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
-                packed = bnb.nn.Linear4bit(*sizes, compute_dtype=DTYPES[layout.precision], device="meta", **how)
-                packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=packed, **how).to(device)
-            else:
-                packed = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
-                packed.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
-            packed.bias = linear.bias
-            setattr(parent, name, packed)
-            del weight, linear
+
+def _packed(linear: Any, layout: Any, device: Any, dtype: Any) -> Any:
+    """A linear layer inside the blocks in 4 or 8 bits, as bitsandbytes packs a model that is loaded."""
+    import bitsandbytes as bnb
+
+    from kitaeru.model.load import DTYPES
+
+    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+    weight = _drawn(linear.weight.shape, device, dtype)
     if layout.base == "nf4":
-        model.is_loaded_in_4bit = True
-        if layout.device == "cpu":
-            keep_trainable_packing(model)
+        how: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
+        packed = bnb.nn.Linear4bit(*sizes, compute_dtype=DTYPES[layout.precision], device="meta", **how)
+        packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=packed, **how).to(device)
     else:
-        model.is_loaded_in_8bit = True
+        packed = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
+        packed.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
+    packed.bias = linear.bias
+    return packed
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -428,6 +448,7 @@ def work(points: list[Point], out: Path, hardware: Hardware, arguments: argparse
                 row |= measure(point, hardware, Path(folder), small=small, warm=arguments.warm, timed=arguments.timed)
             gc.collect()
             if not small:
+                torch._C._cuda_clearCublasWorkspaces()
                 torch.cuda.empty_cache()
                 torch.cuda.set_per_process_memory_fraction(1.0)
             row |= {"device": hardware.devices[0].name if hardware.devices else "cpu", "torch": torch.__version__}

@@ -105,9 +105,10 @@ def _first_readers(linears: tuple[Linear, ...], shared: bool) -> list[Linear]:
 def _kept_attention(layout: Layout, shape: ModelShape, setting: Setting) -> int:
     """One layer's q, k, v, output, and log-sum-exp of each head, per token.
 
-    Where the kernel knows no grouped heads, k and v are kept repeated. A fused layer's v keeps its q and k alive.
+    Where the kernel knows no grouped heads, as none does in 32 bits on a GPU, k and v are kept repeated. A fused
+    layer's v keeps its q and k alive.
     """
-    repeated = setting.repeats_keys and layout.device == "cuda"
+    repeated = layout.device == "cuda" and (setting.repeats_keys or compute_bytes(layout) == 4)
     key = shape.q_size if repeated else shape.kv_size
     value = shape.q_size + 2 * shape.kv_size if shape.fused_qkv and not repeated else key
     return compute_bytes(layout) * (2 * shape.q_size + key + value) + 4 * shape.heads
@@ -176,9 +177,9 @@ def cast_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
 def score_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> tuple[int, int]:
     """Bytes of scores that one layer keeps for a whole micro-batch, and of the mask all layers share.
 
-    Packed attention has neither, except in 32 bits on a GPU with grouped heads, where torch computes plainly, example
-    by example. SDPA with a block mask has a byte for each pair of tokens. Soft-capped scores need eager attention:
-    the capped scores, the softmax in 32 bits and its copy in the arithmetic's width, for every head and pair.
+    Packed attention has neither. SDPA with a block mask has a byte for each pair of tokens. Soft-capped scores need
+    eager attention: the capped scores, the softmax in 32 bits and its copy in the arithmetic's width, for every head
+    and pair.
     """
     c, tokens = compute_bytes(layout), layout.micro_batch_tokens
     if fused.is_fused(layout):
@@ -187,8 +188,7 @@ def score_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> tuple[in
     if setting.attention == "flash_attention_2":
         return 0, 0
     if shape.plain_causal and setting.attention in ("auto", "packed"):
-        plainly = layout.device == "cuda" and c == 4 and shape.kv_heads != shape.heads
-        return (8 * shape.heads * tokens * min(tokens, setting.longest or tokens) if plainly else 0), 0
+        return 0, 0
     if not (shape.attention_softcap or shape.sinks or setting.attention == "eager"):
         return 0, pairs
     per_head = 4 + (c if c != 4 else 0) + (c if shape.attention_softcap else 0)

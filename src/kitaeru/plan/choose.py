@@ -306,7 +306,7 @@ class Pricing:
 
     def _load(self, layout: Layout) -> Load:
         problem = self.problem
-        return Load(global_tokens(problem), problem.typical, setting_of(problem, layout))
+        return Load(global_tokens(problem), problem.typical, setting_of(problem, layout), problem.even)
 
     def _candidate(self, layout: Layout) -> Candidate:
         problem = self.problem

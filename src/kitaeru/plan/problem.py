@@ -61,6 +61,11 @@ class Problem:
         return max(1.0, min(float(self.longest), 1.5 * self.facts.tokens / self.facts.examples))
 
     @property
+    def even(self) -> bool:
+        """Whether all examples are known to be of one length."""
+        return self.facts is not None and 0 < self.facts.tokens == self.facts.examples * self.facts.longest
+
+    @property
     def usual_micro_batch(self) -> int:
         """Tokens that keep the device busy."""
         return CPU_MICRO_BATCH_TOKENS if self.device is None else GPU_MICRO_BATCH_TOKENS

@@ -13,8 +13,9 @@ from functools import lru_cache
 
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import N_
+from kitaeru.plan import fused
 from kitaeru.plan.activations import offloaded_bytes
-from kitaeru.plan.calibrate import Profile
+from kitaeru.plan.calibrate import AttentionKind, Profile
 from kitaeru.plan.layouts import DISK, SHARDED, ZERO
 from kitaeru.plan.pipeline import balanced_cuts, orders, simulate
 from kitaeru.plan.ranks import layer_weight_bytes, part_of
@@ -87,11 +88,14 @@ def pace(
 
 @dataclass(frozen=True)
 class Load:
-    """What is to be done in a step: tokens over all devices, the length of the example a token is in, the optimizer."""
+    """What is to be done in a step: tokens over all devices, the length of the example a token is in, whether all are
+    of that length, the optimizer.
+    """
 
     global_tokens: int
     typical: float
     setting: Setting
+    even: bool = False
 
     def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of a step on one replica."""
@@ -163,7 +167,8 @@ def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, hea
     tokens = layout.micro_batch_tokens
     inner = [(linear.count * linear.weights, linear.weights**0.5) for linear in shape.linears()]
     table = shape.vocab * shape.hidden
-    inside = rates.sized(tokens, inner, load.typical)
+    kind: AttentionKind = ("even" if load.even else "fused") if fused.is_fused(layout) else "attention"
+    inside = rates.sized(tokens, inner, load.typical, kind)
     outside = rates.sized(tokens, [(table, table**0.5)], load.typical) if head and table else rates
     return Layer(
         took(layer_forward(layout, shape, load.setting, load.typical), inside),

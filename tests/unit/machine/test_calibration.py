@@ -63,7 +63,7 @@ def test_the_planner_takes_what_was_measured_and_says_so(little: Path) -> None:
         found.operation_seconds,
         found.skinny_tflops,
     )
-    assert all(number > 0 for number in (*numbers, *found.attention_tflops(256)))
+    assert all(number > 0 for number in (*numbers, *found.attention_tflops(256, "attention")))
     after = make_plan(WISH, here, TINY)
     assert before.chosen.speed is not None
     assert after.chosen.speed is not None
