@@ -1,7 +1,7 @@
 """The thin products of an adapter: x P^T beside x, and the gradients of A and B.
 
 x: Rows [T, K]; P: [R, K] in 16 bits (all A that read x, one below the other; on the way back all B, transposed). Where
-x lies turned P is given turned, so that their product is what it was.
+x lies turned, the kernels read P turned, and what they give for A and B is turned back.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ PROGRAMS = 264
 
 
 def project_reference(x: Rows, p: Tensor) -> Tensor:
-    """The definition: x P^T [T, R] in the dtype of P, both turned or none; x's further columns are filled with it."""
+    """The definition: x P^T [T, R] in the dtype of P; the further columns of x are filled with it."""
     wide = p.dtype if p.dtype == torch.float64 else torch.float32
-    thin = (x.lying.to(wide) @ p.T.to(wide)).to(p.dtype)
+    thin = (x.values.to(wide) @ p.T.to(wide)).to(p.dtype)
     if x.data.shape[1] > x.width:
         write_adapter(thin, x.scale, x.data, x.width, weight=False)
     return thin
@@ -34,6 +34,7 @@ def project(x: Rows, p: Tensor) -> Tensor:
     tokens, rank = len(x.data), len(p)
     out = torch.empty((tokens, rank), dtype=p.dtype, device=p.device)
     block = 64 if tokens >= 4096 else 16
+    p = turn(p) if x.turned else p
     _project[(triton.cdiv(tokens, block),)](
         x.data, x.scale, p, out, x.data.stride(0), tokens, x.width, rank,
         SCALED=x.scale is not None, ROWS=block, COLUMNS=128, RANK=triton.next_power_of_2(max(rank, 16)),

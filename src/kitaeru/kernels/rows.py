@@ -42,15 +42,11 @@ class Rows:
     turned: bool = False
 
     @property
-    def lying(self) -> Tensor:
-        """The first K columns as they lie, turned or not; in fp32 for 8-bit data, in their dtype otherwise."""
-        own = self.data[:, : self.width]
-        return own if self.scale is None else own.float() * self.scale[:, None]
-
-    @property
     def values(self) -> Tensor:
-        """The same, not turned."""
-        return turn(self.lying) if self.turned else self.lying
+        """The first K columns, turned back, in fp32 or wider for 8-bit data, as they are otherwise."""
+        own = self.data[:, : self.width]
+        wide = own if self.scale is None else own.float() * self.scale[:, None]
+        return turn(wide) if self.turned else wide
 
 
 def storage(arithmetic: Arithmetic, compute: torch.dtype) -> torch.dtype:

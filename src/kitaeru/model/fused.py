@@ -114,7 +114,7 @@ class FusedLayer:
         saved = Saved(n1, rstd1, thin_qkv, qkv, inverse, attended, thin_o, n2, rstd2, thin_both, kept)
         if not finish:
             if self.down.rank:
-                saved.thin_down = project(active, self.down.thin().down_read)
+                saved.thin_down = project(active, self.down.thin()[0])
             return None, saved
         step, saved.thin_down = self.down.forward(active)
         return step.add_(r), saved

@@ -20,7 +20,7 @@ from kitaeru.kernels.adapter import outer, project
 from kitaeru.kernels.frozen import Scales, Stored, expand, scales_of, write_adapter
 from kitaeru.kernels.product import product
 from kitaeru.kernels.rows import Arithmetic, Rows, storage, turns
-from kitaeru.kernels.turned import TURN, turn
+from kitaeru.kernels.turned import TURN
 from kitaeru.plan.fused import extra_columns
 from kitaeru.plan.stored import NF4_BLOCK
 
@@ -51,18 +51,6 @@ class Member:
     scaling: float = 0.0
 
 
-@dataclass(frozen=True)
-class Thin:
-    """The adapters of a site: all A, one below the other [R, K], and all B, each in its own rows, scaled and transposed
-    [R, N]; and both once more as `project` reads them, turned where its rows are.
-    """
-
-    down: Tensor
-    up: Tensor
-    down_read: Tensor
-    up_read: Tensor
-
-
 @dataclass
 class Site:
     """Linear layers that share their input, in one arithmetic; in 16 bits where INT8 is wanted and a side is
@@ -79,7 +67,7 @@ class Site:
     scales: Scales = field(init=False)
     bias: Tensor | None = field(init=False)
     _seen: tuple[int, ...] = ()
-    _thin: Thin | None = None
+    _thin: tuple[Tensor, Tensor] | None = None
     _held: dict[bool, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -122,8 +110,8 @@ class Site:
         """What is trained: A and B of each adapted member."""
         return [p for m in self.members if m.a is not None and m.b is not None for p in (m.a, m.b)]
 
-    def thin(self) -> Thin:
-        """The adapters as they are now, copied once for each step of the optimizer."""
+    def thin(self) -> tuple[Tensor, Tensor]:
+        """All A, one below the other [R, K], and all B, each in its own rows, scaled and transposed [R, N]."""
         seen = (_steps, *(p._version for p in self.parameters))
         if self._thin is None or seen != self._seen:
             with torch.no_grad():
@@ -135,8 +123,7 @@ class Site:
                         up[row : row + len(m.a), column : column + len(m.b)] = (m.b * m.scaling).T
                         row += len(m.a)
                     column += m.stored.shape[0]
-                read = (turn(down), turn(up)) if turns(self.dtype) else (down, up)
-            self._seen, self._thin = seen, Thin(down, up, *read)
+            self._seen, self._thin = seen, (down, up)
         return self._thin
 
     def forward(self, x: Rows) -> tuple[Tensor, Tensor | None]:
@@ -144,18 +131,18 @@ class Site:
         if not self.rank:
             w = self._expanded(x.data, transposed=False)
             return self._biased(product(x, w, self.scales.forward, self.compute)), None
-        adapter = self.thin()
-        thin = project(x, adapter.down_read)
-        w = self._expanded(adapter.up.T, transposed=False)
-        apart = None if self.extra else (thin, adapter.up.T)
+        down, up = self.thin()
+        thin = project(x, down)
+        w = self._expanded(up.T, transposed=False)
+        apart = None if self.extra else (thin, up.T)
         return self._biased(product(x, w, self.scales.forward, self.compute, apart)), thin
 
     def backward(self, dy: Rows, *, needs_input: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """The gradient of x [T, K] (if it is needed), and that of x A^T [T, R]. Writes the further columns of dy."""
-        thin, down = None, dy.data
+        thin, down, up = None, dy.data, dy.data
         if self.rank:
-            adapter = self.thin()
-            thin, down = project(dy, adapter.up_read), adapter.down
+            down, up = self.thin()
+            thin = project(dy, up)
         if not needs_input:
             return None, thin
         w = self._expanded(down.T, transposed=True)

@@ -132,11 +132,11 @@ def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int
 
 def held_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[int, int]:
     """Bytes of scales of the rows and columns of the frozen weights, and of the adapters' copies in the layers' width,
-    each B with room for the others of its group; where rows are turned, of a turned copy too.
+    each B with room for the others of its group.
     """
     every = groups(shape, lora)
     scales = sum(4 * (g.inputs + g.outputs) for g in every) if _number(layout) == 1 else 0
-    thin = (1 + _turns(layout)) * sum(_width(layout) * g.rank * (g.inputs + g.outputs) for g in every)
+    thin = sum(_width(layout) * g.rank * (g.inputs + g.outputs) for g in every)
     return shape.layers * scales, shape.layers * thin
 
 
@@ -178,5 +178,6 @@ def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
     return 2.0 * NF4_BLOCK * (layout.micro_batch_tokens * rows + shape.linear_parameters() / shape.layers)
 
 
-# Kernels and calls of one layer's forward pass, and of its backward pass.
-OPERATIONS = {True: 30.0, False: 50.0}
+def operations(layout: Layout, *, forward: bool) -> float:
+    """Kernels and calls of one layer's pass; in INT8 four adapters are turned in each, and eight gradients back."""
+    return (30.0 if forward else 50.0) + _turns(layout) * (4.0 if forward else 13.0)

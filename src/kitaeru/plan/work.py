@@ -167,7 +167,7 @@ def _fused_pass(layout: Layout, shape: ModelShape, setting: Setting, typical: fl
         attention_backward=0.0 if forward else attention,
         eager=tokens * moved,
         unpacked=fused.expanded_bytes(layout, shape),
-        operations=fused.OPERATIONS[forward],
+        operations=fused.operations(layout, forward=forward),
     )
 
 

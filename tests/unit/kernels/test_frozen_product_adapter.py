@@ -10,8 +10,7 @@ from torch import Tensor
 from kitaeru.kernels.adapter import outer, outer_reference, project, project_reference
 from kitaeru.kernels.frozen import Stored, expand, expand_reference, scales_of
 from kitaeru.kernels.product import product, product_reference
-from kitaeru.kernels.rows import Arithmetic, Rows, round_rows, storage
-from kitaeru.kernels.turned import turn
+from kitaeru.kernels.rows import Arithmetic, round_rows, storage
 from kitaeru.plan.fused import extra_columns
 
 from .test_rows_norm_gated_rotary import apart, draw
@@ -44,11 +43,6 @@ def stored(kind: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     return [make(w) for w in weights]
 
 
-def lying(p: Tensor, x: Rows) -> Tensor:
-    """What `project` takes: P turned where x lies turned."""
-    return turn(p) if x.turned else p
-
-
 @pytest.mark.parametrize("nested", [True, False])
 def test_nf4_is_read_as_bitsandbytes_reads_it(nested: bool) -> None:
     weight = draw(96, 192) * 0.03
@@ -70,7 +64,7 @@ def test_one_product_gives_base_and_adapter(arithmetic: Arithmetic, kind: str, t
     scale = scales_of(weights, dtype)
     by = scale.backward if transposed else scale.forward
     rows = round_rows(x, dtype, extra)
-    thin = project(rows, lying(p, rows))
+    thin = project(rows, p)
     w = expand(weights, by, adapter, extra, dtype, transposed=transposed)
     got = product(rows, w, by, torch.float32, None if extra else (thin, adapter))
     exact = x @ whole.T + (x @ p.T) @ adapter.T
@@ -116,7 +110,6 @@ def test_triton_thin_products_are_the_references(arithmetic: Arithmetic, tokens:
     p = 0.02 * draw(rank, width, seed=1, device="cuda", dtype=torch.bfloat16)
     extra = extra_columns(arithmetic, rank)
     ours, theirs = (round_rows(x, storage(arithmetic, torch.bfloat16), extra) for _ in range(2))
-    p = lying(p, ours)
     thin, expected = project(ours, p), project_reference(theirs, p)
     assert apart(thin, expected) < 5e-3
     assert apart(ours.data[:, width:].float(), theirs.data[:, width:].float()) < 0.02
