@@ -170,13 +170,13 @@ def _fused_pass(layout: Layout, shape: ModelShape, setting: Setting, typical: fl
     attention = (4 if forward else 10) * shape.q_size * seen_tokens(shape, typical) * tokens
     moved = fused.streamed_bytes_per_token(layout, shape, setting.lora, forward=forward)
     return Work(
-        gemm=flops if layout.arithmetic == "16bit" else 0.0,
+        gemm=flops if layout.arithmetic == "16bit" else fused.turning_flops(layout, shape, forward=forward),
         eight=0.0 if layout.arithmetic == "16bit" else flops,
         attention_forward=attention if forward else 0.0,
         attention_backward=0.0 if forward else attention,
         eager=tokens * moved,
         unpacked=fused.expanded_bytes(layout, shape),
-        operations=fused.OPERATIONS[forward],
+        operations=fused.operations(layout, forward=forward),
     )
 
 
