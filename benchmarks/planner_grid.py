@@ -37,7 +37,7 @@ from table import append, read
 from kitaeru.errors import KitaeruError
 from kitaeru.hardware import Hardware
 from kitaeru.plan.choose import make_plan
-from kitaeru.plan.memory import device_overhead_bytes
+from kitaeru.plan.problem import needed_bytes
 from kitaeru.plan.types import DataFacts, Plan
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape, catalogue
@@ -242,7 +242,7 @@ def predicted(plan: Plan) -> dict[str, Any]:
     return {
         "layout": plan.layout.name,
         "predicted_bytes": peak,
-        "predicted_process_bytes": peak + device_overhead_bytes(plan.layout),
+        "predicted_process_bytes": needed_bytes(plan.layout, peak),
         "predicted_seconds": round(speed.step_seconds, 5),
         "predicted_low": round(tokens / speed.high, 5),
         "predicted_high": round(tokens / speed.low, 5),

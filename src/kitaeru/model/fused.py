@@ -5,8 +5,8 @@
     y  = r + (act(gate) up) W + adapter
 
 Backward needs n1, q, k, v, o, n2, gate and up: n1 and n2 are kept as the products read them (8 bits where these are in
-8 bits), gate and up in 8 or 16 bits, and the residual stream not at all. Frozen weights are expanded from how they are
-stored into what a product reads, for the time of that product.
+8 bits, turned where these are), gate and up in 8 or 16 bits, and the residual stream not at all. Frozen weights are
+expanded from how they are stored into what a product reads, for the time of that product.
 
 It is put on a layer's instance after a comparison with the layer's own code; what does not fit is left as it is.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kitaeru.plan.stored import adapted
+from kitaeru.plan.stored import NF4_BLOCK, adapted
 from kitaeru.plan.types import Arithmetic, Layout
 from kitaeru.recipe.types import LoraSection
 from kitaeru.shape import Linear, ModelShape
@@ -87,6 +87,11 @@ def _number(layout: Layout) -> int:
     return 1 if layout.in_8_bits else _width(layout)
 
 
+def _turns(layout: Layout) -> bool:
+    """Whether rows and weights are turned before they are rounded (kernels.turned)."""
+    return layout.arithmetic == "int8"
+
+
 def _width(layout: Layout) -> int:
     return 4 if layout.precision == "fp32" else 2
 
@@ -160,7 +165,10 @@ def streamed_bytes_per_token(layout: Layout, shape: ModelShape, lora: LoraSectio
         thin = n * (h + q + h + f) if size else 0
         return float(rows + thin)
     gates = 2 * f if layout.activations == "keep8" else 2 * w * f
-    rows = (w + n) * h + w * f + gates + 3 * n * f + (3 * w + 2 * n) * h + (w + n) * (q + 2 * kv) + (3 * w + n) * h
+    apart = 2 * w * (q + 2 * kv) * _turns(layout)  # the gradient of q, k and v is turned in a second pass
+    rows = (
+        apart + (w + n) * h + w * f + gates + 3 * n * f + (3 * w + 2 * n) * h + (w + n) * (q + 2 * kv) + (3 * w + n) * h
+    )
     outputs = q + 2 * kv + h + 2 * f + h
     thin = 2 * n * outputs + n * (2 * h + f) + w * q if size else 0
     return float(rows + thin)
@@ -174,5 +182,18 @@ def expanded_bytes(layout: Layout, shape: ModelShape) -> float:
     return (shape.linear_parameters() / shape.layers + (pieces - 1) * mlp) * (stored + _number(layout))
 
 
-# Kernels and calls of one layer's forward pass, and of its backward pass.
-OPERATIONS = {True: 138.0, False: 230.0}
+def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
+    """FLOP in 16 bits that turn one layer's rows and weights for one pass: 64 products and additions a number.
+
+    The kernels of the gate read a row twice, once for its scale, and turn it twice.
+    """
+    if not _turns(layout):
+        return 0.0
+    h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
+    rows = 2 * h + q + 2 * f if forward else 4 * h + 4 * f + q + 2 * kv
+    return 2.0 * NF4_BLOCK * (layout.micro_batch_tokens * rows + shape.linear_parameters() / shape.layers)
+
+
+def operations(layout: Layout, *, forward: bool) -> float:
+    """Kernels and calls of one layer's pass; in INT8 four adapters are turned in each, and eight gradients back."""
+    return (138.0 if forward else 230.0) + _turns(layout) * (18.0 if forward else 60.0)

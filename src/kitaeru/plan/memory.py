@@ -188,8 +188,9 @@ def moments(
     again = recomputed_layer_bytes(layout, shape, setting)
     kept = int(activation_bytes(layout, shape, setting) * sets)
     norm, layer = workspace_bytes(layout.of_kept, shape, setting.lora)
-    # A trained head's gradient: the saved one and its product with the upstream gradient, beside what accumulates.
-    trained_head = 8 * shape.vocab * shape.hidden if head and trains_all(layout) else 0
+    # A trained head's gradient, beside what accumulates; where it is the input table too, that one's.
+    trained_head = 4 * shape.vocab * shape.hidden if head and trains_all(layout) else 0
+    table = trained_head if shape.tied else 0
     last = one_layer_bytes(layout.of_again, shape, setting)
     start = {"gradients": held, "weight_casts": still_cast, "head": trained_head}
     with_head = [
@@ -208,9 +209,10 @@ def moments(
         again -= int(gone * sets)
     return [
         *(with_head if head else ()),
-        {**start, "activations": kept + again, "workspace": layer, "head": trained_head // 2},
+        {**start, "activations": kept + again, "workspace": layer},
         *later,
         {"gradients": gradients, "activations": last, "workspace": layer},
+        {"gradients": gradients, "head": table},
         {"gradients": gradients, "workspace": _step_workspace(layout, shape, setting)},
     ]
 

@@ -79,7 +79,7 @@ def layer_forward(layout: Layout, shape: ModelShape, setting: Setting, typical: 
     >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda")
     >>> work = layer_forward(layout, llama, Setting(LoraSection()), 2048)
     >>> round(work.gemm / 4096 / 1e9, 3), round(work.eager / 4096 / 1e6, 2)
-    (0.436, 1.57)
+    (0.436, 1.26)
     """
     if fused.is_fused(layout):
         return _fused_pass(layout, shape, setting, typical, forward=True)
@@ -173,13 +173,13 @@ def _fused_pass(layout: Layout, shape: ModelShape, setting: Setting, typical: fl
     attention = (4 if forward else 10) * shape.q_size * seen_tokens(shape, typical) * tokens
     moved = fused.streamed_bytes_per_token(layout, shape, setting.lora, forward=forward)
     return Work(
-        gemm=flops if layout.arithmetic == "16bit" else 0.0,
+        gemm=flops if layout.arithmetic == "16bit" else fused.turning_flops(layout, shape, forward=forward),
         eight=0.0 if layout.arithmetic == "16bit" else flops,
         attention_forward=attention if forward else 0.0,
         attention_backward=0.0 if forward else attention,
         eager=tokens * moved,
         unpacked=fused.expanded_bytes(layout, shape),
-        operations=fused.OPERATIONS[forward],
+        operations=fused.operations(layout, forward=forward),
     )
 
 

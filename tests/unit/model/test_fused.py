@@ -22,13 +22,13 @@ LENGTHS = (7, 12, 5)
 TOKENS = sum(LENGTHS)
 
 
-def adapted(kind: str, dtype: torch.dtype = torch.float32, **lora: Any) -> tuple[Any, Any]:
+def adapted(kind: str, dtype: torch.dtype = torch.float32, *, kv_heads: int = 2, **lora: Any) -> tuple[Any, Any]:
     attention.register()
     torch.manual_seed(0)
     more = {"head_dim": 32} if kind in ("qwen3", "gemma2") else {}
     config = AutoConfig.for_model(
         kind, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=160, max_position_embeddings=256, **more,
+        num_key_value_heads=kv_heads, vocab_size=160, max_position_embeddings=256, **more,
     )  # fmt: skip
     name = attention.NAME if attention.suits(config) else "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name)
@@ -136,6 +136,16 @@ def test_in_8_bits_it_is_near(arithmetic: Arithmetic, keep8: bool) -> None:
     assert apart(got["input"], expected["input"]) < bound
     ours, theirs = (torch.cat([run_of[n].flatten() for n in expected if "lora" in n]) for run_of in (got, expected))
     assert float(torch.cosine_similarity(ours.double(), theirs.double(), 0)) > (0.98 if arithmetic == "fp8" else 0.997)
+
+
+def test_int8_with_a_side_that_is_not_of_64_is_computed_in_16_bits() -> None:
+    """One key/value head of 32: q, k and v cannot be turned along their outputs; the others can."""
+    model, whole = adapted("llama", kv_heads=1)
+    expected = run(model, whole)
+    layer = fused_layer(model.model.layers[0], model.config, "int8", torch.float32)
+    assert [s.arithmetic for s in (layer.qkv, layer.out, layer.both, layer.down)] == ["16bit", *["int8"] * 3]
+    put_on(model, "int8")
+    assert apart(run(model, whole)["output"], expected["output"]) < 0.05
 
 
 def test_adapters_on_some_layers_only() -> None:
