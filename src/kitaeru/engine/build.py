@@ -33,12 +33,13 @@ from kitaeru.model.load import DTYPES, load_config, load_model
 from kitaeru.model.parts import Parts, outline
 from kitaeru.model.stages import share_of, stage_devices
 from kitaeru.model.stream import load_streamed
-from kitaeru.parallel import STRATEGIES
+from kitaeru.parallel import strategy_of
 from kitaeru.parallel.start import hash_frozen
 from kitaeru.parallel.types import Engine, Held, Named, Strategy, Unit
 from kitaeru.parallel.world import World
 from kitaeru.plan.deepspeed import deepspeed_config
 from kitaeru.plan.layouts import DISK, ZERO
+from kitaeru.plan.stored import trains_from_ram
 from kitaeru.plan.types import Plan
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ class Trainee:
     stored_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        self.strategy = STRATEGIES[self.plan.layout.strategy]
+        self.strategy = strategy_of(self.plan.layout)
 
     @property
     def loss_sum(self) -> LossSum:
@@ -137,7 +138,7 @@ def load(trainee: Trainee) -> None:
         trainee.causal_lm = load_streamed(
             recipe.model, base=layout.base, precision=layout.precision, device=trainee.device, folder=folder
         )
-    elif layout.strategy in ("fsdp", "tensor"):
+    elif layout.strategy in ("fsdp", "tensor") or trains_from_ram(layout):
         trainee.causal_lm, trainee.parts = outline(recipe.model, layout, recipe.lora, recipe.train.seed)
     else:
         part, devices = share_of(layout, trainee.world.rank), stage_devices(layout)
@@ -258,7 +259,10 @@ def checkpoint_activations(trainee: Trainee) -> None:
     """Recompute activations where the plan says so; a fused layer does so itself."""
     if trainee.fused:
         return
-    if trainee.plan.layout.activations == "recompute" and trainee.plan.layout.variant != DISK:  # which does so itself
+    layout = trainee.plan.layout
+    if layout.variant == DISK or trains_from_ram(layout):  # which do so themselves
+        return
+    if layout.activations == "recompute":
         trainee.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from kitaeru.hardware import Device
 from kitaeru.i18n import tr
 from kitaeru.plan import fused
-from kitaeru.plan.stored import packs_experts
+from kitaeru.plan.stored import packs_experts, trains_from_ram
 from kitaeru.plan.types import Activations, Arithmetic, Base, Layout, MethodKind, Precision
 from kitaeru.recipe.checks import ZERO as ZERO
 from kitaeru.recipe.types import LoraSection, Recipe
@@ -20,6 +20,8 @@ from kitaeru.shape import ModelShape
 
 # The variant of `single` whose frozen layers come from `limits.offload_folder`, one at a time.
 DISK = "disk"
+# Layers that are on a device at a time when their weights lie in RAM, and whose gradients are on their way down.
+LAYERS_AT_ONCE = 2
 # Variants of a strategy that the engine can run; the planner shows the others and never chooses them.
 VARIANTS_BUILT: dict[str, tuple[str, ...]] = {
     "single": ("", DISK),
@@ -73,7 +75,7 @@ def comes_in_parts(layout: Layout, lora: LoraSection) -> bool:
     Random weights are drawn all at once; some adapters start from whole weights, and a module that is trained beside an
     adapter is a copy of one.
     """
-    if layout.strategy not in ("fsdp", "tensor") or layout.method == "pretrain":
+    if layout.method == "pretrain" or not (layout.strategy in ("fsdp", "tensor") or trains_from_ram(layout)):
         return False
     return layout.method == "full" or _starts_alone(lora)
 

@@ -45,6 +45,13 @@ def trains_all(layout: Layout) -> bool:
     return layout.method in ("full", "pretrain")
 
 
+def trains_from_ram(layout: Layout) -> bool:
+    """Whether every weight is trained and lies in RAM with its gradient and moments, and layers come to the devices one
+    at a time (parallel.offload).
+    """
+    return layout.variant == "offload" and layout.strategy in ("single", "fsdp") and trains_all(layout)
+
+
 def residual_bytes(layout: Layout) -> int:
     """Bytes of one number in the stream between the layers: 32 bits under autocast, else the arithmetic's own."""
     return 4 if trains_all(layout) else compute_bytes(layout)
