@@ -3,8 +3,8 @@
 A bf16 number has 8 bits of precision, and with beta2 = 0.999 the second moment moves by a thousandth of itself a step:
 rounded to the nearest, it would never move. So a moment is rounded up or down by chance, up the more likely the nearer
 it is. Then its expected value is exact in every step, and since moments are linear in what they were before, so it is
-after any number of steps. What is left is noise, another for every weight: measured, 3 % of the second moment with beta2
-= 0.999 (1.5 % of a weight's step), and 0.5 % of the first with beta1 = 0.9.
+after any number of steps. What is left is noise, another for every weight: measured, 3 to 6 % of the second moment with
+beta2 = 0.999 (half as much of a weight's step), and 0.5 % of the first with beta1 = 0.9.
 
 The arithmetic is torch's fused AdamW in 32 bits, on as much at a time as stays in the processor's caches; what crosses
 to RAM are 20 bytes a weight: weight and moments there and back, the gradient there.
@@ -35,6 +35,8 @@ class AdamW16(torch.optim.Optimizer):
     alike.
     """
 
+    MOMENTS = ("exp_avg", "exp_avg_sq")
+
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
@@ -57,7 +59,7 @@ class AdamW16(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.zeros(())
-                    for name in ("exp_avg", "exp_avg_sq"):
+                    for name in self.MOMENTS:
                         state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
                 state["step"] += 1
                 self._update(parameter, state, group)
@@ -66,9 +68,9 @@ class AdamW16(torch.optim.Optimizer):
         """One parameter, a part at a time."""
         assert parameter.grad is not None
         weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
-        moments = [state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)]
+        moments = [state[kind].view(-1) for kind in self.MOMENTS]
         name, first = self._places[parameter]
-        offsets = [zlib.crc32(f"{name} {int(state['step'])} {kind}".encode()) for kind in ("first", "second")]
+        offsets = [zlib.crc32(f"{name} {int(state['step'])} {kind}".encode()) for kind in self.MOMENTS]
         size = CHUNK * torch.get_num_threads()
         chances = _chances(size)
         wide = [torch.empty(min(size, len(weights))) for _ in moments]

@@ -320,7 +320,7 @@ class Host:
             else:  # torch adds numbers of two kinds one at a time
                 total.add_(self.scratch[: len(new)].copy_(new))
             if last:
-                self.squares += float(torch.dot(total, total))
+                self.squares += float(total.square().sum())
         weight.arrived = True
 
     # -- a step --
@@ -368,7 +368,7 @@ class Host:
                 weight.arrived = True
                 if self.cuda:
                     torch.cuda.current_stream().synchronize()
-                self.squares += sum(float(torch.dot(part, part)) for part in sums.split(len(self.scratch)))
+                self.squares += sum(float(part.square().sum()) for part in sums.split(len(self.scratch)))
             parameter.grad = None
         self.stale = True
 
