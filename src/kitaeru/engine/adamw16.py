@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 # Weights that a thread works on at a time: enough that starting an operation does not count.
 CHUNK = 1 << 17
-# Numbers by chance are drawn once, each of 16 bits as often as any other, and used again from another place in each step.
+# Numbers by chance are drawn once, each of 16 bits as often as any other, and read from another place in each step.
 PERIOD = 1 << 20
 _HIGH_HALF = -(1 << 16)
 
@@ -48,6 +48,11 @@ class AdamW16(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._places = places
+        self._scale = 1.0
+
+    def clip(self, most: float, norm: float) -> None:
+        """Have the next step scale gradients of this norm down to `most`, without a pass over them for that alone."""
+        self._scale = min(1.0, most / (norm + 1e-6))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -63,8 +68,9 @@ class AdamW16(torch.optim.Optimizer):
                         state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
                 state["step"] += 1
                 self._update(parameter, state, group)
+        self._scale = 1.0
 
-    def _update(self, parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """One parameter, a part at a time."""
         assert parameter.grad is not None
         weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
@@ -73,14 +79,14 @@ class AdamW16(torch.optim.Optimizer):
         offsets = [zlib.crc32(f"{name} {int(state['step'])} {kind}".encode()) for kind in self.MOMENTS]
         size = CHUNK * torch.get_num_threads()
         chances = _chances(size)
-        wide = [torch.empty(min(size, len(weights))) for _ in moments]
+        *wide, scaled = (torch.empty(min(size, len(weights))) for _ in range(3))
         for start in range(0, len(weights), size):
             part = slice(start, min(start + size, len(weights)))
             length = part.stop - part.start
             here = [scratch[:length].copy_(moment[part]) for scratch, moment in zip(wide, moments, strict=True)]
             torch._fused_adamw_(
                 [weights[part]],
-                [gradients[part]],
+                [torch.mul(gradients[part], self._scale, out=scaled[:length]) if self._scale < 1 else gradients[part]],
                 [here[0]],
                 [here[1]],
                 [],

@@ -24,6 +24,7 @@ from kitaeru.errors import TrainingError
 from kitaeru.events import Listener, Notice
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import N_, tr
+from kitaeru.machine.probe import host_memory
 from kitaeru.model import attention
 from kitaeru.model import fused as fusing
 from kitaeru.model.adapt import add_adapter
@@ -38,7 +39,9 @@ from kitaeru.parallel.start import hash_frozen
 from kitaeru.parallel.types import Engine, Held, Named, Strategy, Unit
 from kitaeru.parallel.world import World
 from kitaeru.plan.deepspeed import deepspeed_config
+from kitaeru.plan.host import HOST_ITEMS
 from kitaeru.plan.layouts import DISK, ZERO
+from kitaeru.plan.memory import CPU_PROCESS_BYTES, GPU_PROCESS_HOST_BYTES
 from kitaeru.plan.stored import trains_from_ram
 from kitaeru.plan.types import Plan
 
@@ -132,6 +135,7 @@ def load(trainee: Trainee) -> None:
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0), trainee.device)
     trainee.stored_dtype = load_config(recipe.model).dtype
     layout = trainee.plan.layout
+    _check_ram(trainee)
     if layout.variant == DISK:
         assert recipe.limits.offload_folder is not None
         folder = Path(recipe.limits.offload_folder)
@@ -153,6 +157,35 @@ def load(trainee: Trainee) -> None:
                 rows=vocabulary,
             ),
             remedy=tr("Use the model's own tokenizer (leave `model.tokenizer` out)."),
+        )
+
+
+def _check_ram(trainee: Trainee) -> None:
+    """Where training leans on RAM, look whether what was planned is still free: with too little a system ends processes
+    without a word.
+
+    Raises:
+        TrainingError: it is not.
+    """
+    chosen, world = trainee.plan.chosen, trainee.world
+    if not trains_from_ram(chosen.layout) or not chosen.host:
+        return
+    hosts = len(set(world.each_of(world.host)))
+    own = CPU_PROCESS_BYTES if chosen.layout.device == "cpu" else GPU_PROCESS_HOST_BYTES  # which are taken already
+    need, free = (chosen.host_bytes - own * chosen.layout.processes) // hosts, host_memory()[1]
+    if world.any(need > free):
+        items = ", ".join(f"{tr(HOST_ITEMS[name])} {size / 1e9:.0f} GB" for name, size in chosen.host.items())
+        raise TrainingError(
+            tr(
+                "Too little RAM is free: {need:.0f} GB are needed, {free:.0f} GB are there.",
+                need=need / 1e9,
+                free=free / 1e9,
+            ),
+            where=items,
+            remedy=tr(
+                "End what else runs on this machine and start again; or --set train.optimizer=adamw_16bit, a smaller "
+                "model, or --set method=lora."
+            ),
         )
 
 

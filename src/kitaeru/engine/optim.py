@@ -240,6 +240,6 @@ def _placed(
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:
-    # Paged or not, the arithmetic and the state are the same: a run may go on where there is no paging. And moments in 16
-    # bits go on in 32, and the other way.
+    # Paged or not, the arithmetic and the state are the same: a run may go on where there is no paging. And moments in
+    # 16 bits go on in 32, and the other way.
     return type(optimizer).__name__.removeprefix("Paged").removesuffix("16")

@@ -108,7 +108,7 @@ class Shelf:
 
 
 def _pin(owner: object, memory: Tensor) -> None:
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime = torch.cuda.cudart()
     if memory.numel() and int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
         weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
 
@@ -447,9 +447,7 @@ def _owners(modules: Iterable[nn.Module], names: Mapping[int, str]) -> Iterator[
                 yield names[id(parameter)], module, own
 
 
-def _in_order(
-    named: Named, places: Mapping[str, tuple[Shelf, Weight]]
-) -> Iterator[tuple[str, tuple[Shelf, Weight]]]:
+def _in_order(named: Named, places: Mapping[str, tuple[Shelf, Weight]]) -> Iterator[tuple[str, tuple[Shelf, Weight]]]:
     return ((name, places[name]) for name, _ in named)
 
 
@@ -459,9 +457,7 @@ def _keep(shelf: Shelf, weight: Weight, whole: Tensor) -> None:
     rows.copy_(whole[weight.rows.first :][: len(rows)])
 
 
-def _take(
-    model: nn.Module, places: Mapping[str, tuple[Shelf, Weight]], outside: Shelf, device: torch.device
-) -> None:
+def _take(model: nn.Module, places: Mapping[str, tuple[Shelf, Weight]], outside: Shelf, device: torch.device) -> None:
     """The same of a model that is here, whole, in RAM; what it has in its layers is let go."""
     for shelf, weight in places.values():
         parameter = weight.module._parameters[weight.own]

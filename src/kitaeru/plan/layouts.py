@@ -24,7 +24,7 @@ DISK = "disk"
 LAYERS_AT_ONCE = 2
 # Variants of a strategy that the engine can run; the planner shows the others and never chooses them.
 VARIANTS_BUILT: dict[str, tuple[str, ...]] = {
-    "single": ("", DISK),
+    "single": ("", DISK, "offload"),
     "pipeline": ("1f1b", "interleaved", "gpipe"),
     "fsdp": ("", "grad", "offload"),
     "zero2": ("", "offload"),
@@ -255,8 +255,10 @@ def _optimizer_sees_whole_weights(case: Case) -> str | None:
 
 def _pieces_have_no_loss_scale(case: Case) -> str | None:
     layout = case.layout
-    pieces = layout.strategy in ("pipeline", "tensor", *ZERO) or (
-        layout.strategy == "fsdp" and layout.method not in ("lora", "qlora")
+    pieces = (
+        layout.strategy in ("pipeline", "tensor", *ZERO)
+        or trains_from_ram(layout)
+        or (layout.strategy == "fsdp" and layout.method not in ("lora", "qlora"))
     )
     if not pieces or layout.precision != "fp16":
         return None
@@ -267,7 +269,10 @@ def _pieces_have_no_loss_scale(case: Case) -> str | None:
 
 
 def _offloaded_optimizer_is_adamw(case: Case) -> str | None:
-    if not case.layout.variant.startswith("offload") or case.recipe.train.optimizer == "adamw":
+    optimizer = case.recipe.train.optimizer
+    if optimizer == "adamw_16bit" and not trains_from_ram(case.layout):
+        return tr("Moments in 16 bits are for weights that are all trained and lie in RAM.")
+    if not case.layout.variant.startswith("offload") or optimizer in ("auto", "adamw", "adamw_16bit"):
         return None
     if case.layout.strategy == "fsdp" and case.layout.method in ("lora", "qlora"):  # its optimizer stays
         return None
@@ -291,6 +296,12 @@ def _activations_go_somewhere(case: Case) -> str | None:
     if layout.strategy in ("pipeline", "model_parallel", "tensor"):
         return tr("Activations are offloaded only where a device goes through all layers.")
     return None
+
+
+def _layers_from_ram_are_computed_twice(case: Case) -> str | None:
+    if not trains_from_ram(case.layout) or case.layout.activations == "recompute":
+        return None
+    return tr("Layers whose weights come from RAM are computed twice: they are not kept in between.")
 
 
 def _disk_keeps_frozen_layers(case: Case) -> str | None:
@@ -386,6 +397,7 @@ RULES: tuple[Rule, ...] = (
     _offloaded_optimizer_is_adamw,
     _adapters_need_no_offload,
     _activations_go_somewhere,
+    _layers_from_ram_are_computed_twice,
     _disk_keeps_frozen_layers,
     _fused_layers_are_known,
     _eight_bits_need_units,
@@ -440,6 +452,7 @@ def arrangements(wish: str, count: int, group: int | None = None) -> Iterator[Ar
 def _all_arrangements(count: int, group: int | None) -> Iterator[Arrangement]:
     yield Arrangement("single")
     yield Arrangement("single", DISK)
+    yield Arrangement("single", "offload")
     if count < 2:  # shown as illegal, with the reason
         yield from (Arrangement(name) for name in ("ddp", "fsdp", "pipeline", "model_parallel", "tensor", *ZERO))
         return

@@ -185,8 +185,8 @@ def _from_disk(layout: Layout, shape: ModelShape, width: int) -> tuple[int, int]
 def optimizer_bytes(optimizer: Optimizer, layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """The optimizer's state on the device.
 
-    AdamW keeps two 32-bit moments; 8-bit AdamW two bytes a number and a 32-bit scale per 256; Lion one moment;
-    Adafactor a row and a column of each matrix. A paged optimizer's state lies in memory the driver moves, not in the
+    AdamW keeps two 32-bit moments, or two in 16 bits; 8-bit AdamW two bytes a number and a 32-bit scale per 256; Lion
+    one moment; Adafactor a row and a column of each matrix. A paged optimizer's state lies in memory the driver moves, not in the
     allocator's.
 
     >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
@@ -195,8 +195,10 @@ def optimizer_bytes(optimizer: Optimizer, layout: Layout, shape: ModelShape, lor
     335544320
     """
     count = trained_parameters(layout, shape, lora)
-    if optimizer == "adamw":
+    if optimizer in ("auto", "adamw"):
         return 8 * count
+    if optimizer == "adamw_16bit":
+        return 4 * count
     if optimizer == "lion":
         return 4 * count
     if optimizer == "adamw_8bit":
