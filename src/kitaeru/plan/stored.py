@@ -186,8 +186,8 @@ def optimizer_bytes(optimizer: Optimizer, layout: Layout, shape: ModelShape, lor
     """The optimizer's state on the device.
 
     AdamW keeps two 32-bit moments, or two in 16 bits; 8-bit AdamW two bytes a number and a 32-bit scale per 256; Lion
-    one moment; Adafactor a row and a column of each matrix. A paged optimizer's state lies in memory the driver moves, not in the
-    allocator's.
+    one moment; Adafactor a row and a column of each matrix. A paged optimizer's state lies in memory the driver moves,
+    not in the allocator's.
 
     >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
     >>> layout = Layout("single", "lora", "none", "bf16", "keep", 4096, "cuda")
