@@ -243,6 +243,8 @@ def share_out(trainee: Trainee) -> None:
         Unit(trainee.model, trainee.parts, _engine(trainee)), trainee.named, trainee.world, trainee.plan.layout
     )
     trainee.named = trainee.held.named
+    for text in trainee.held.notices:
+        trainee.say(text, "warning")
     trainee.frozen_hash = hash_frozen(trainee.model)
 
 

@@ -100,17 +100,19 @@ class Shelf:
         self.slot_bytes = place
         self.masters, self.gradients = torch.zeros(start), torch.empty(start)
 
-    def pin(self, numbers: Tensor) -> None:
-        """Lock memory, so that copies run beside everything else; where that is forbidden they are slower. torch's own
-        pinned memory comes in powers of two: of 172 MB a third would be lost.
-        """
-        _pin(self, numbers)
 
+def _pin(owner: object, memory: Tensor) -> bool:
+    """Lock memory as long as its owner lives, so that copies run beside everything else; whether that is allowed.
 
-def _pin(owner: object, memory: Tensor) -> None:
+    torch's own pinned memory comes in powers of two: of 172 MB a third would be lost.
+    """
     runtime = torch.cuda.cudart()
-    if memory.numel() and int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
-        weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
+    if memory.numel() and int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) != 0:
+        with contextlib.suppress(RuntimeError):  # takes the error off, which the next kernel would report
+            torch.ones(1, device="cuda")
+        return False
+    weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
+    return True
 
 
 @dataclass
@@ -150,15 +152,14 @@ class Host:
         self.pool, self.jobs = ThreadPoolExecutor(1), list[Future[None]]()
         self.scratch = torch.empty(ADD_AT_ONCE * torch.get_num_threads())
         self.staging: queue.Queue[Tensor] = queue.Queue()
-        if self.cuda:
-            for shelf in shelves:
-                shelf.pin(shelf.masters)
-            outside.pin(outside.masters)
-            outside.pin(outside.gradients)
+        self.pinned = True
+        if self.up is not None:
+            self.up.wait_stream(torch.cuda.current_stream())  # what had the slots' memory before
             size = max(sum(_sent_bytes(weight, world.size) for weight in shelf.weights) for shelf in shelves)
-            for _ in range(LAYERS_AT_ONCE):
-                buffer = torch.empty(size, dtype=torch.uint8)
-                _pin(self, buffer)
+            buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(LAYERS_AT_ONCE)]
+            for memory in (*buffers, outside.masters, outside.gradients, *(shelf.masters for shelf in shelves)):
+                self.pinned = self.pinned and _pin(self, memory)
+            for buffer in buffers:
                 self.staging.put(buffer)
         for number, layer in enumerate(layers):
             layer.forward = partial(self.through, number, layer.forward)
@@ -254,27 +255,35 @@ class Host:
     def arrived(self, number: int, gradients: Sequence[Tensor | None]) -> None:
         """A layer's gradients are all there: they go down, and its weights are done with."""
         self.release(number)
-        pairs, buffer, event = [], None, None
-        if self.cuda:
-            assert self.down is not None
-            buffer = self.staging.get()
+        if self.down is None:
+            pairs = list(self._down(number, gradients, None))
+            self.jobs.append(self.pool.submit(self._add, number, pairs, None, None, gradients, last=self.last))
+            return
+        buffer = self.staging.get()
+        try:
             self.down.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.down):
-            place = 0
-            for weight, gradient in zip(self.shelves[number].weights, gradients, strict=True):
-                piece = self._own_sum(weight, gradient)
-                if piece is None:
-                    continue
-                sent = piece
-                if buffer is not None:
-                    size = _sent_bytes(weight, self.world.size)
-                    sent = buffer[place : place + piece.nbytes].view(piece.dtype).copy_(piece, non_blocking=True)
-                    place += size
-                pairs.append((weight, sent))
-            if self.cuda:
+            with torch.cuda.stream(self.down):
+                pairs = list(self._down(number, gradients, buffer))
                 event = torch.cuda.Event(blocking=True)
                 event.record()
+        except BaseException:
+            self.staging.put(buffer)
+            raise
         self.jobs.append(self.pool.submit(self._add, number, pairs, event, buffer, gradients, last=self.last))
+
+    def _down(
+        self, number: int, gradients: Sequence[Tensor | None], buffer: Tensor | None
+    ) -> Iterator[tuple[Weight, Tensor]]:
+        """Each weight's gradient, of this rank's rows, on its way into the buffer; without one where it is."""
+        place = 0
+        for weight, gradient in zip(self.shelves[number].weights, gradients, strict=True):
+            piece = self._own_sum(weight, gradient)
+            if piece is not None and buffer is not None:
+                here = buffer[place : place + piece.nbytes].view(piece.dtype)
+                yield weight, here.copy_(piece, non_blocking=True)
+                place += _sent_bytes(weight, self.world.size)
+            elif piece is not None:
+                yield weight, piece
 
     def _own_sum(self, weight: Weight, gradient: Tensor | None) -> Tensor | None:
         """This rank's rows of the sum of all ranks' gradients of a weight, as numbers in a row; None without any."""
@@ -329,6 +338,10 @@ class Host:
     def ready(self) -> None:
         """Before weights are used: the device has what the optimizer, or a checkpoint, has left in RAM."""
         self.free, self.loaded = deque(self.slots), {}
+        if self.cuda:  # a pass that had no backward pass has left the last layer in its slot
+            for slot in self.slots:
+                slot.done = torch.cuda.Event()
+                slot.done.record()
         if not self.stale:
             return
         for weight in self.outside.weights:
@@ -434,7 +447,8 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     host.ready()
     own = [(name, nn.Parameter(weight.of(shelf.masters))) for name, (shelf, weight) in _in_order(named, places)]
     rows = {name: weight.rows for name, (_, weight) in places.items()} if world.size > 1 else {}
-    return Held(world, unit, own, host, at=device, rows=rows)
+    slow = tr("This system does not let memory be locked: copies between RAM and the device are slower than planned.")
+    return Held(world, unit, own, host, at=device, rows=rows, notices=() if host.pinned else (slow,))
 
 
 def _owners(modules: Iterable[nn.Module], names: Mapping[int, str]) -> Iterator[tuple[str, nn.Module, str]]:
