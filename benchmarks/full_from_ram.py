@@ -6,7 +6,7 @@ is read or written but the result. The plan, the build and the loop are kitaeru'
     python benchmarks/full_from_ram.py --out benchmarks/results/full-from-ram.csv --cap 24
     python benchmarks/full_from_ram.py --out benchmarks/results/full-from-ram-cpu.csv --shape 1b --layers 8 --tokens 512
 
-`--update` times only the optimizer's step in RAM, on so many million weights, beside torch's in 32 bits and DeepSpeed's.
+`--update` times only the optimizer's step in RAM, on so many million weights, beside torch's and DeepSpeed's.
 """
 
 from __future__ import annotations

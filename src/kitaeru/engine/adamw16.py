@@ -23,7 +23,8 @@ from torch import Tensor, nn
 # Weights that a thread works on at a time: enough that starting an operation does not count.
 CHUNK = 1 << 17
 # Numbers by chance are drawn once, each of 16 bits as often as any other, and read from another place in each step.
-PERIOD = 1 << 20
+# The second moment's are so far from the first's.
+PERIOD, APART = 1 << 20, 500_009
 _HIGH_HALF = -(1 << 16)
 
 
@@ -76,14 +77,17 @@ class AdamW16(torch.optim.Optimizer):
         weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
         moments = [state[kind].view(-1) for kind in self.MOMENTS]
         name, first = self._places[parameter]
-        offsets = [zlib.crc32(f"{name} {int(state['step'])} {kind}".encode()) for kind in self.MOMENTS]
+        offset = zlib.crc32(f"{name} {int(state['step'])}".encode()) + first
         size = CHUNK * torch.get_num_threads()
         chances = _chances(size)
-        *wide, scaled = (torch.empty(min(size, len(weights))) for _ in range(3))
+        most = min(size, len(weights))
+        wide, scaled = torch.empty(len(moments), most), torch.empty(most)
         for start in range(0, len(weights), size):
             part = slice(start, min(start + size, len(weights)))
             length = part.stop - part.start
-            here = [scratch[:length].copy_(moment[part]) for scratch, moment in zip(wide, moments, strict=True)]
+            here = wide[:, :length]
+            for moment, now in zip(moments, here, strict=True):
+                now.copy_(moment[part])
             torch._fused_adamw_(
                 [weights[part]],
                 [torch.mul(gradients[part], self._scale, out=scaled[:length]) if self._scale < 1 else gradients[part]],
@@ -99,15 +103,15 @@ class AdamW16(torch.optim.Optimizer):
                 amsgrad=False,
                 maximize=False,
             )
-            for moment, now, offset in zip(moments, here, offsets, strict=True):
-                at = (offset + first + start) % PERIOD
-                # A number by chance below the lowest bit that is kept carries into it as often as it should.
-                now.view(torch.int32).add_(chances[at : at + length]).bitwise_and_(_HIGH_HALF)
+            # A number by chance below the lowest bit that is kept carries into it as often as it should.
+            by_chance = chances[(offset + start) % PERIOD :].as_strided(here.shape, (APART, 1))
+            here.view(torch.int32).add_(by_chance).bitwise_and_(_HIGH_HALF)
+            for moment, now in zip(moments, here, strict=True):
                 moment[part].copy_(now)
 
 
 @lru_cache(maxsize=1)
 def _chances(size: int) -> Tensor:
-    """int32 [PERIOD + size] below 2**16: any `size` neighbours that begin in the first PERIOD."""
+    """int32 below 2**16: any `size` neighbours that begin in the first PERIOD, and as many APART from them."""
     drawn = (torch.randperm(PERIOD, generator=torch.Generator().manual_seed(0)) % (1 << 16)).to(torch.int32)
-    return torch.cat([drawn, drawn.repeat(-(-size // PERIOD))[:size]])
+    return drawn.repeat(2 + -(-size // PERIOD))[: PERIOD + APART + size]
