@@ -102,7 +102,6 @@ SHARDED = {
         ("2 copies of 2, kept whole", "gemma", "full"),
         ("in RAM", "qwen3", "full"),
         ("in RAM", "mixtral", "full"),
-        ("in RAM", "llama", "pretrain"),
         ("in RAM, on three", "neox", "full"),
         ("in RAM, alone", "gemma", "full"),
         ("in RAM, alone", "qwen3", "pretrain"),

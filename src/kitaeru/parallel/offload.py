@@ -362,6 +362,8 @@ class Host:
             job.exception()
         self.jobs, self.squares = [], 0.0
         for shelf in (*self.shelves, self.outside):
+            if shelf.gradients.shape != shelf.masters.shape:
+                shelf.gradients = torch.empty_like(shelf.masters)
             for weight in shelf.weights:
                 weight.arrived = False
 
@@ -549,7 +551,11 @@ def scatter(held: Held, name: str, tensor: Tensor) -> Tensor:
 
 
 def model_state(held: Held) -> dict[str, Tensor]:
-    """The model's own, with the pieces put together one weight at a time; only the main process keeps them."""
+    """The model's own, with the pieces put together one weight at a time; only the main process keeps them. The room of
+    the gradients is given back for it.
+    """
+    for shelf in held.state.shelves:
+        shelf.gradients = torch.empty(0)
     pieces, state = dict(held.named), {}
     first = {id(p): name for name, p in held.unit.model.named_parameters()}
     aliases = {name: first[id(p)] for name, p in held.unit.model.named_parameters(remove_duplicate=False)}
