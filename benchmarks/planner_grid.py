@@ -158,16 +158,19 @@ def _points() -> list[Point]:
 
 
 def _exhaustive() -> list[Point]:
-    """Every layout of one shape under one cap, and for each method what the planner takes when nothing is pinned."""
-    sizes = {"auto": (2048, 3072, 4096, 6144, 8192, 12288, 16384), "plain": (2048, 4096, 8192, 16384)}
+    """Layouts of one shape under one cap, and for each method what the planner takes when nothing is pinned."""
+    pinned = {
+        "auto": [("keep", 4096), ("keep", 8192), ("keep", 16384), ("keep8", 16384), ("half", 8192), ("half", 16384),
+                 ("recompute", 4096), ("recompute", 8192), ("recompute", 16384)],
+        "plain": [("keep", 8192), ("recompute", 8192)],
+    }  # fmt: skip
     methods = ("qlora", "lora")
     points = [Point("llama-3-8b", 16, method, "auto", 1024, 0, -16384, 24) for method in methods]
     return points + [
         Point("llama-3-8b", 16, method, activations, 1024, tokens, -16384, 24, arithmetic=arithmetic)
-        for arithmetic in sizes
         for method in methods
-        for activations in ("keep", "recompute")
-        for tokens in sizes[arithmetic]
+        for arithmetic in pinned
+        for activations, tokens in pinned[arithmetic]
     ]
 
 
@@ -197,8 +200,10 @@ def wish_of(point: Point, folder: str, *, small: bool = False) -> tuple[Recipe, 
     if tokens:
         limits["micro_batch_tokens"] = tokens
     if point.activations != "auto":
-        limits["checkpointing"] = point.activations == "recompute"
-    if point.cap_gib and not tokens and not small:  # what is pinned is tried whether the planner thinks it fits or not
+        limits["checkpointing"] = point.activations in ("half", "recompute")
+        limits["recomputed_layers"] = point.layers // 2 if point.activations == "half" else None
+    # What is pinned is tried whether the planner thinks it fits or not; 8 bits are what it takes to fit.
+    if point.cap_gib and (not tokens or point.activations == "keep8") and not small:
         limits["memory_gb"] = point.cap_gib * GIB / 1e9
     wish = Recipe.model_validate(
         {
