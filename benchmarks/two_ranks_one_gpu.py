@@ -209,7 +209,9 @@ def main() -> None:
         if left > 5:
             words = command(name, arguments, model, run)
             outcome = run_point(words, arguments.work / f"{name}.log", min(left, arguments.point_seconds))
-        rows.append(row_of(name, model, run, arguments.work / like if like else None, outcome, time.monotonic() - begun))
+        rows.append(
+            row_of(name, model, run, arguments.work / like if like else None, outcome, time.monotonic() - begun)
+        )
         print(json.dumps(rows[-1]), flush=True)
         write(arguments.out, rows, FIELDS)
 
