@@ -235,6 +235,8 @@ class Pricing:
         if problem.recipe.limits.ds_config is not None:
             wanted = offloads(read_own(Path(problem.recipe.limits.ds_config)))
             found = [a for a in found if a.variant == wanted]
+        if problem.device is None and problem.recipe.limits.variant is None:  # everything is in RAM already
+            found = [a for a in found if (a.strategy, a.variant) != ("single", "offload")]
         if problem.recipe.limits.offload_folder is None:
             found = [a for a in found if a.variant != DISK]
         if problem.recipe.limits.devices is not None:
@@ -474,7 +476,7 @@ def choose(usable: Sequence[Candidate]) -> Candidate:
     """
     pool = list(usable)
     for candidate in usable:
-        if candidate.layout.strategy in ("single", "ddp") and candidate.layout.variant != DISK:
+        if candidate.layout.strategy in ("single", "ddp") and not candidate.layout.variant:
             kind = (candidate.layout.method, candidate.layout.base)
             pool = [c for c in usable if (c.layout.method, c.layout.base) == kind]
             break

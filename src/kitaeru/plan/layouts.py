@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from kitaeru.hardware import Device
 from kitaeru.i18n import tr
 from kitaeru.plan import fused
-from kitaeru.plan.stored import packs_experts
+from kitaeru.plan.stored import packs_experts, trains_from_ram
 from kitaeru.plan.types import Activations, Arithmetic, Base, Layout, MethodKind, Precision
 from kitaeru.recipe.checks import ZERO as ZERO
 from kitaeru.recipe.types import LoraSection, Recipe
@@ -20,9 +20,11 @@ from kitaeru.shape import ModelShape
 
 # The variant of `single` whose frozen layers come from `limits.offload_folder`, one at a time.
 DISK = "disk"
+# Layers that are on a device at a time when their weights lie in RAM, and whose gradients are on their way down.
+LAYERS_AT_ONCE = 2
 # Variants of a strategy that the engine can run; the planner shows the others and never chooses them.
 VARIANTS_BUILT: dict[str, tuple[str, ...]] = {
-    "single": ("", DISK),
+    "single": ("", DISK, "offload"),
     "pipeline": ("1f1b", "interleaved", "gpipe"),
     "fsdp": ("", "grad", "offload"),
     "zero2": ("", "offload"),
@@ -73,7 +75,7 @@ def comes_in_parts(layout: Layout, lora: LoraSection) -> bool:
     Random weights are drawn all at once; some adapters start from whole weights, and a module that is trained beside an
     adapter is a copy of one.
     """
-    if layout.strategy not in ("fsdp", "tensor") or layout.method == "pretrain":
+    if layout.method == "pretrain" or not (layout.strategy in ("fsdp", "tensor") or trains_from_ram(layout)):
         return False
     return layout.method == "full" or _starts_alone(lora)
 
@@ -253,8 +255,10 @@ def _optimizer_sees_whole_weights(case: Case) -> str | None:
 
 def _pieces_have_no_loss_scale(case: Case) -> str | None:
     layout = case.layout
-    pieces = layout.strategy in ("pipeline", "tensor", *ZERO) or (
-        layout.strategy == "fsdp" and layout.method not in ("lora", "qlora")
+    pieces = (
+        layout.strategy in ("pipeline", "tensor", *ZERO)
+        or trains_from_ram(layout)
+        or (layout.strategy == "fsdp" and layout.method not in ("lora", "qlora"))
     )
     if not pieces or layout.precision != "fp16":
         return None
@@ -265,7 +269,10 @@ def _pieces_have_no_loss_scale(case: Case) -> str | None:
 
 
 def _offloaded_optimizer_is_adamw(case: Case) -> str | None:
-    if not case.layout.variant.startswith("offload") or case.recipe.train.optimizer == "adamw":
+    optimizer = case.recipe.train.optimizer
+    if optimizer == "adamw_16bit" and not trains_from_ram(case.layout):
+        return tr("Moments in 16 bits are for weights that are all trained and lie in RAM.")
+    if not case.layout.variant.startswith("offload") or optimizer in ("auto", "adamw", "adamw_16bit"):
         return None
     if case.layout.strategy == "fsdp" and case.layout.method in ("lora", "qlora"):  # its optimizer stays
         return None
@@ -305,6 +312,12 @@ def _some_layers_are_recomputed(case: Case) -> str | None:
             count=shape.layers,
         )
     return None
+
+
+def _layers_from_ram_are_computed_twice(case: Case) -> str | None:
+    if not trains_from_ram(case.layout) or case.layout.activations == "recompute":
+        return None
+    return tr("Layers whose weights come from RAM are computed twice: they are not kept in between.")
 
 
 def _disk_keeps_frozen_layers(case: Case) -> str | None:
@@ -401,6 +414,7 @@ RULES: tuple[Rule, ...] = (
     _adapters_need_no_offload,
     _activations_go_somewhere,
     _some_layers_are_recomputed,
+    _layers_from_ram_are_computed_twice,
     _disk_keeps_frozen_layers,
     _fused_layers_are_known,
     _eight_bits_need_units,
@@ -455,6 +469,7 @@ def arrangements(wish: str, count: int, group: int | None = None) -> Iterator[Ar
 def _all_arrangements(count: int, group: int | None) -> Iterator[Arrangement]:
     yield Arrangement("single")
     yield Arrangement("single", DISK)
+    yield Arrangement("single", "offload")
     if count < 2:  # shown as illegal, with the reason
         yield from (Arrangement(name) for name in ("ddp", "fsdp", "pipeline", "model_parallel", "tensor", *ZERO))
         return

@@ -124,7 +124,7 @@ def _changes(problem: Problem) -> Iterator[Change]:
         yield dict(loose)
     lengths = [{"data.seq_len": length} for length in _shorter(problem.longest)]
     methods: list[Change] = []
-    if recipe.method in ("full", "pretrain") and recipe.train.optimizer == "adamw":
+    if recipe.method in ("full", "pretrain") and recipe.train.optimizer in ("auto", "adamw"):
         methods.append({"train.optimizer": "adamw_8bit"})
     if recipe.method == "full":
         methods.append({"method": "lora"})

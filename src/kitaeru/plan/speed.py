@@ -16,11 +16,12 @@ from kitaeru.i18n import N_
 from kitaeru.plan import fused
 from kitaeru.plan.activations import offloaded_bytes
 from kitaeru.plan.calibrate import AttentionKind, Profile
+from kitaeru.plan.from_ram import Traffic, layer_seconds, step_seconds
 from kitaeru.plan.layouts import DISK, SHARDED, ZERO
 from kitaeru.plan.pipeline import balanced_cuts, orders, simulate
 from kitaeru.plan.ranks import layer_weight_bytes, part_of
 from kitaeru.plan.rates import LinkRates, Rates, cpu_rates, device_rates, link_rates
-from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters, trains_all
+from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters, trains_all, trains_from_ram
 from kitaeru.plan.types import Layout, Speed
 from kitaeru.plan.work import (
     Work,
@@ -264,6 +265,11 @@ def _layer_waits(
         # The system reads ahead while a layer computes; the copy from its cache to the device is waited for.
         once, copied = weights / DISK_BYTES_S, weights / rates.host_copy
         found["offload"] = shape.layers * sum(copied + max(0.0, once - passes) for passes in (forward, backward))
+    if trains_from_ram(layout):
+        up, back = layer_seconds(layout, shape, _traffic(layout, at, rates))
+        # The first layer's weights are waited for, and the last one's gradients.
+        waits = (shape.layers - 1) * (max(0.0, up - forward) + max(0.0, back - backward)) + up + back
+        return {**found, "offload": waits}
     if layout.strategy not in ("fsdp", *ZERO):
         return found
     weights, tables = layer_weight_bytes(layout, shape)
@@ -304,6 +310,11 @@ def _activation_waits(
     return {"offload": shape.layers * (max(0.0, once - forward) + max(0.0, once - backward))}
 
 
+def _traffic(layout: Layout, at: Pace, rates: Rates) -> Traffic:
+    """What copies run at: all devices' at once share the host's memory."""
+    return Traffic(min(rates.host_copy, rates.host_memory / layout.devices), rates.host_memory, at.within.bytes_s)
+
+
 def _end_of_step(
     layout: Layout, shape: ModelShape, load: Load, at: Pace, micro: float, rates: Rates
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -311,10 +322,12 @@ def _end_of_step(
     trained = float(trained_parameters(layout, shape, load.setting.lora))
     if layout.strategy == "tensor":
         return _end_of_tensor_step(layout, shape, load, at, trained, rates)
+    if trains_from_ram(layout):
+        updating, tables = step_seconds(layout, shape, load.setting, _traffic(layout, at, rates))
+        return {"optimizer": updating, "offload": tables}, {}
     moved = optimizer_bytes_moved(layout, trained, load.setting.optimizer)
     if layout.variant.startswith("offload") and trains_all(layout):
-        # FSDP fetches what was updated layer by layer.
-        updated = 0.0 if layout.strategy == "fsdp" else 4 * trained / layout.devices / rates.host_copy
+        updated = 4 * trained / layout.devices / rates.host_copy
         return {"offload": moved / rates.host_memory + updated}, {}
     adapter_on_all = layout.strategy == "ddp" or (layout.strategy == "fsdp" and not trains_all(layout))
     shared = layout.shared_by if layout.strategy in ("fsdp", *ZERO) and not adapter_on_all else 1

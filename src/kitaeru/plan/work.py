@@ -26,7 +26,7 @@ from kitaeru.shape import ModelShape
 # A 4-bit weight is read (half a byte) and written (2 bytes); an 8-bit one read and written.
 UNPACKED_BYTES = {"none": 0.0, "nf4": 2.5, "int8": 3.0}
 # Bytes moved for a trained number: weight, gradient, moments, read and written, and the clipping's norm.
-ADAMW_BYTES = {"adamw": 40, "adamw_8bit": 22, "paged_adamw_8bit": 26, "lion": 28, "adafactor": 40}
+ADAMW_BYTES = {"adamw": 40, "adamw_16bit": 32, "adamw_8bit": 22, "paged_adamw_8bit": 26, "lion": 28, "adafactor": 40}
 CPU_ADAMW_BYTES = 28
 # A layer that is computed again leaves its last product out, the MLP's way down.
 FUSED_AGAIN = 0.75

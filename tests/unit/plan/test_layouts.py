@@ -68,6 +68,10 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     (FULL | {"strategy": "zero3", "variant": "offload", "devices": 2}, {"train": {"optimizer": "lion"}}, A5000,
      "is AdamW", {}),
     ({"strategy": "zero3", "variant": "offload", "devices": 2}, {}, A5000, "too small", {}),
+    (FULL, {"train": {"optimizer": "adamw_16bit"}}, A5000, "lie in RAM", {}),
+    (FULL | {"variant": "offload"}, {}, A5000, "not kept in between", {}),
+    (FULL | {"variant": "offload", "activations": "recompute", "precision": "fp16"}, {}, V100, "scales the loss", {}),
+    ({"variant": "offload", "activations": "recompute"}, {}, A5000, "too small", {}),
     ({"strategy": "tensor", "devices": 2, "activations": "offload"}, {}, A5000, "all layers", {}),
     ({"device": "cpu", "activations": "offload", "precision": "fp32"}, {}, None, "already", {}),
     ({"strategy": "zero2", "devices": 2, "recomputed": 3}, {}, A5000, "goes through all of them", {}),
@@ -130,6 +134,7 @@ def test_only_what_the_table_names_is_built() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": "qlora", "base": "nf4"}, {"method": "full"}, {"base": "int8"},
+    {"method": "full", "variant": "offload", "activations": "recompute"},
     {"strategy": "tensor", "devices": 2}, {"strategy": "zero3", "devices": 2},
     {"strategy": "zero2", "devices": 2, "base": "nf4"},
     {"strategy": "zero1", "devices": 2, "device": "cpu", "precision": "fp32"}])  # fmt: skip
