@@ -32,12 +32,13 @@ from kitaeru.plan.types import DataFacts, Plan
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
 
-# name: (model, layers, tokens of an example, examples of a step)
-POINTS = {
-    "8b-100k": ("llama-3-8b", 32, 102400, 1),
-    "8b-128k": ("llama-3-8b", 32, 131072, 1),
-    "34b-2k": ("codellama-34b", 48, 2048, 8),
-    "34b-8k": ("codellama-34b", 48, 8192, 1),
+# name: (model, layers, tokens of an example, examples of a step, what is pinned)
+POINTS: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
+    "8b-100k": ("llama-3-8b", 32, 102400, 1, {}),
+    "8b-128k": ("llama-3-8b", 32, 131072, 1, {}),
+    "34b-some": ("codellama-34b", 48, 2048, 8, {"recomputed_layers": 40, "micro_batch_tokens": 2048}),
+    "34b-all": ("codellama-34b", 48, 2048, 8, {"checkpointing": True, "offload_activations": False}),
+    "34b-offload": ("codellama-34b", 48, 2048, 8, {"offload_activations": True}),
 }
 CAP_GIB = 24.0
 FIELDS = (
@@ -51,7 +52,7 @@ def planned(name: str, folder: Path, *, small: bool) -> Plan:
     """The plan of a point on this machine, the model's config in `folder`."""
     from transformers import AutoConfig
 
-    model, layers, tokens, examples = POINTS[name]
+    model, layers, tokens, examples, pinned = POINTS[name]
     config = config_of(Point(model, layers, "qlora", "auto", tokens, 0), small=small)
     config |= {"max_position_embeddings": max(131072, tokens)}
     settings = dict(config)
@@ -63,7 +64,7 @@ def planned(name: str, folder: Path, *, small: bool) -> Plan:
             "data": {"train": "-", "seq_len": tokens},
             "method": "qlora",
             "strategy": "single",
-            "limits": {"devices": 1} | ({} if small else {"memory_gb": CAP_GIB * GIB / 1e9}),
+            "limits": {"devices": 1} | ({} if small else {"memory_gb": CAP_GIB * GIB / 1e9, **pinned}),
             "train": {"global_batch_tokens": tokens * examples, "max_steps": 100, "learning_rate": 1e-5},
         }
     )
@@ -155,7 +156,7 @@ def measure(name: str, steps: int, *, small: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--points", nargs="*", default=["8b-100k", "34b-2k"], choices=list(POINTS))
+    parser.add_argument("--points", nargs="*", default=["8b-100k", "34b-some", "34b-offload"], choices=list(POINTS))
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()

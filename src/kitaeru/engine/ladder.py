@@ -99,6 +99,9 @@ def lower(layout: Layout, *, longest: int, packing: bool, layers: int) -> Layout
     >>> layout = Layout("single", "lora", "none", "bf16", "keep", 4096, "cuda")
     >>> [rung.name for rung in (lower(layout, longest=n, packing=True, layers=9) for n in (100, 3000, 4090)) if rung]
     ['single/lora/keep/2048', 'single/lora/keep/3000', 'single/lora/keep-recompute5/4096']
+    >>> again = replace(layout, activations="recompute")
+    >>> [lower(one, longest=4090, packing=True, layers=9) is None for one in (again, replace(again, variant="offload"))]
+    [False, True]
     """
     least = -(-longest // 8) * 8
     if packing and layout.micro_batch_tokens > least:
@@ -108,7 +111,8 @@ def lower(layout: Layout, *, longest: int, packing: bool, layers: int) -> Layout
         if by_layer and layout.recomputed < half < layers:
             return replace(layout, recomputed=half)
         return replace(layout, activations="recompute", recomputed=0)
-    if layout.activations == "recompute" and by_layer and layout.device == "cuda":
+    from_ram = layout.variant.startswith("offload")  # whose weights have the link already
+    if layout.activations == "recompute" and by_layer and layout.device == "cuda" and not from_ram:
         return replace(layout, activations="offload")
     return None
 

@@ -13,7 +13,7 @@ which is the room that the adapter's columns need.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -50,7 +50,7 @@ class Rows:
 
     def part(self, rows: slice) -> Rows:
         """Some of the rows, in the same memory."""
-        return Rows(self.data[rows], None if self.scale is None else self.scale[rows], self.width)
+        return replace(self, data=self.data[rows], scale=None if self.scale is None else self.scale[rows])
 
 
 def storage(arithmetic: Arithmetic, compute: torch.dtype) -> torch.dtype:

@@ -47,6 +47,7 @@ __all__ = ["Survey", "default_seq_len", "make_plan", "survey"]
 TIE = 0.02
 # How many times as fast activations in RAM must be to be taken: nothing must go wrong there.
 OFFLOAD_GAIN = 1.1
+STAGED = ("pipeline", "model_parallel")
 # Items of RAM that make a layout lean on it.
 OFFLOADED = ("optimizer", "activations")
 # How often layers are moved from a device that is too full to one that is not.
@@ -158,8 +159,8 @@ class Pricing:
         whole = False
         for i, row in enumerate(rows):
             policy = row[0].activations
-            # Neither is any faster, so there is no need of its room; an offload is none of recomputing's either.
-            if whole and policy in ("keep8", "offload"):
+            # None is any faster, so there is no need of its room; of one device's ways what it would cost is shown.
+            if whole and (policy in ("keep8", "offload") or (policy == "recompute" and row[0].strategy in STAGED)):
                 continue
             found = list(self._sizes(row))
             fitting = {c.layout.micro_batch_tokens for c in found if c.fits}
@@ -260,7 +261,7 @@ class Pricing:
         """Layouts that differ by the size of their micro-batch alone, as many as may win: the largest that fits is the
         fastest, since fewer micro-batches launch fewer kernels and unpack fewer weights; a pipeline may want more.
         """
-        yield from self._stages(row) if row[0].strategy in ("pipeline", "model_parallel") else self._largest(row)
+        yield from self._stages(row) if row[0].strategy in STAGED else self._largest(row)
 
     def _stages(self, row: Sequence[Layout]) -> Iterator[Candidate]:
         """All that fit, and the largest."""
@@ -361,7 +362,7 @@ class Pricing:
         problem = self.problem
         load = self._load(layout)
         likely = self._pace(layout, "likely")
-        if layout.strategy in ("pipeline", "model_parallel"):
+        if layout.strategy in STAGED:
             cuts = cuts_for(layout, problem.shape, load, likely)
             layout, devices = self._cut(replace(layout, cuts=cuts), load)
         else:
@@ -388,7 +389,7 @@ class Pricing:
 
     def _devices(self, layout: Layout, load: Load, known: dict[tuple[int, int], Items]) -> tuple[Items, ...]:
         """Items of every device; ranks that hold the same part are counted once, and not again if `known`."""
-        ranks = layout.ranks_per_replica if layout.strategy in ("pipeline", "model_parallel") else 1
+        ranks = layout.ranks_per_replica if layout.strategy in STAGED else 1
         count, parts = load.micro_batches(layout), []
         for rank in range(ranks):
             key = (rank, sum(layout.cuts[rank::ranks]))
@@ -444,7 +445,7 @@ class Pricing:
 
     def _phases(self, candidate: Candidate) -> dict[str, int]:
         layout, load = candidate.layout, self._load(candidate.layout)
-        ranks = layout.ranks_per_replica if layout.strategy in ("pipeline", "model_parallel") else 1
+        ranks = layout.ranks_per_replica if layout.strategy in STAGED else 1
         rank = candidate.devices.index(candidate.memory) % ranks
         return phase_peaks(layout, self.problem.shape, load.setting, rank, load.micro_batches(layout))
 
