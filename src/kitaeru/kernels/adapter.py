@@ -6,6 +6,8 @@ x lies turned, the kernels read P turned, and what they give for A and B is turn
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -38,12 +40,18 @@ def project(x: Rows, p: Tensor) -> Tensor:
     p = turn(p) if x.turned else p
     _project[(triton.cdiv(tokens, block),)](
         x.data, x.scale, p, out, x.data.stride(0), tokens, x.width, rank,
-        SCALED=x.scale is not None, ROWS=block, COLUMNS=256, RANK=triton.next_power_of_2(max(rank, 16)),
-        num_warps=4, num_stages=3,
+        SCALED=x.scale is not None, ROWS=block, COLUMNS=256 if _roomy(p.device) else 128,
+        RANK=triton.next_power_of_2(max(rank, 16)), num_warps=4, num_stages=3,
     )  # fmt: skip
     if x.data.shape[1] > x.width:
         write_adapter(out, x.scale, x.data, x.width, weight=False)
     return out
+
+
+@cache
+def _roomy(device: torch.device) -> bool:
+    """Whether wide tiles leave shared memory for more than one program: on an H100, not on an RTX A5000."""
+    return bool(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor > 200_000)
 
 
 def outer_reference(p: Tensor, x: Rows) -> Tensor:

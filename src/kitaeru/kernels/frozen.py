@@ -172,7 +172,7 @@ def expand(
 def _expand_one(weight: Stored, scale: Tensor | None, out: Tensor, done: int, transposed: bool) -> None:
     outputs, inputs = weight.shape
     nested = weight.absmax is not None and weight.absmax.dtype == torch.uint8
-    rows = 128 if transposed else 64
+    rows = 128 if transposed or out.dtype == torch.int8 else 64
     _expand[(triton.cdiv(outputs, rows), inputs // NF4_BLOCK)](
         weight.data, weight.absmax, weight.code, weight.absmax_code, weight.absmax_scale, weight.absmax_offset,
         scale, out, out.stride(0), outputs, inputs, done,
@@ -205,7 +205,7 @@ if triton is not None:
                 by = tl.load(absmax + which, mask=inside, other=0.0)
         if KIND == 1:
             by = tl.load(absmax + row, mask=inside, other=0.0) * (1.0 / 127.0)
-        if SCALED and not TRANSPOSED:
+        if SCALED and not TRANSPOSED and not INT8:
             by *= 1.0 / tl.load(scale + done + row, mask=inside, other=1.0)
         if KIND == 2:
             pair = tl.arange(0, 32)
@@ -213,14 +213,14 @@ if triton is not None:
             packed = tl.load(data + at, mask=inside[:, None], other=0).to(tl.int32)
             high = tl.load(code + (packed >> 4)) * by[:, None]
             low = tl.load(code + (packed & 15)) * by[:, None]
-            if SCALED and TRANSPOSED:
+            if SCALED and TRANSPOSED and not INT8:
                 high *= (1.0 / tl.load(scale + first + 2 * pair))[None, :]
                 low *= (1.0 / tl.load(scale + first + 2 * pair + 1))[None, :]
             values = tl.reshape(tl.join(high, low), (ROWS, 64))
         else:
             at = row[:, None] * inputs + column[None, :]
             values = tl.load(data + at, mask=inside[:, None], other=0).to(tl.float32) * by[:, None]
-            if SCALED and TRANSPOSED:
+            if SCALED and TRANSPOSED and not INT8:
                 values *= (1.0 / tl.load(scale + column))[None, :]
         if TRANSPOSED:
             values = tl.trans(values)
@@ -230,7 +230,13 @@ if triton is not None:
             pointer = out + (done + row[:, None]) * out_stride + column[None, :]
             mask = inside[:, None]
         if INT8:
+            # Scaled only now: the compiler would begin the product's sum with what rounding adds, and tensor cores drop
+            # the lowest bits of a sum that large.
             values = turned(values, turning(), ROWS)
+            if TRANSPOSED:
+                values *= (1.0 / tl.load(scale + column))[:, None]
+            else:
+                values *= (1.0 / tl.load(scale + done + row, mask=inside, other=1.0))[:, None]
         store_rounded(pointer, values, mask, INT8)
 
     @triton.jit
