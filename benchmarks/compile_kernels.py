@@ -9,7 +9,6 @@ in the PTX. Needs the `triton` package and no GPU. Shapes are those of a Llama-3
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from table import write
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
@@ -48,21 +48,22 @@ def sources(eight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, An
         "norm_backward", norm._norm_backward,
         {"dy": short, "y": kind, "y_scale": single, "rstd": single, "weight": short, "along": short, "dx": short,
          "rows": kind, "scale": single, "y_stride": "i32", "rows_stride": "i32", "width": "i32"},
-        {"SCALED": True, "WRITE": True, "TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
+        {"SCALED": True, "TURNED": int8, "WRITE": True, "TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
     )  # fmt: skip
     yield (
         "gated", gated._gated,
         {"both": short, "rows": kind, "scale": single, "kept": kind, "gate_scale": single, "up_scale": single,
          "rows_stride": "i32", "width": "i32"},
-        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": 4096},
-        {"num_warps": 16},
+        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": 2048 if int8 else 4096},
+        {"num_warps": 8 if int8 else 16},
     )  # fmt: skip
     yield (
         "gated_backward", gated._gated_backward,
         {"upstream": short, "gates": kind, "gate_scale": single, "ups": kind, "up_scale": single,
          "kept_stride": "i32", "gradient": kind, "gradient_scale": single, "product": kind, "product_scale": single,
          "gradient_stride": "i32", "width": "i32"},
-        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": 4096}, {"num_warps": 16},
+        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": 2048 if int8 else 4096},
+        {"num_warps": 8 if int8 else 16},
     )  # fmt: skip
     for normed in (False, True):
         yield (
@@ -74,10 +75,10 @@ def sources(eight: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, An
         yield (
             f"rotate_backward{'_normed' * normed}", rotary._rotate_backward,
             {"dq": short, "dk": short, "dv": short, "qkv": short, "inverse": single, "cos": short, "sin": short,
-             "q_norm": short, "k_norm": short, "rows": kind, "scale": single,
+             "q_norm": short, "k_norm": short, "rows": short if int8 else kind, "scale": single,
              **dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "stride", "angle_stride",
                               "rows_stride", "query", "key"), "i32")},
-            {"NORM": normed, "TOP": top, "INT8": int8, "D": 128, "HALF": 64, "QUERY": 32, "KEY": 8},
+            {"NORM": normed, "TOP": 0.0 if int8 else top, "D": 128, "HALF": 64, "QUERY": 32, "KEY": 8},
             {"num_warps": 8},
         )  # fmt: skip
     for name, turned in (("expand", False), ("expand_transposed", True)):
@@ -163,11 +164,7 @@ def main() -> None:
                 said = (name, eight, sm, registers, spilled, result.metadata.shared, " ".join(instructions), seconds)
                 found.append(dict(zip(FIELDS, said, strict=True)))
                 print(found[-1], flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(found)
+    write(arguments.out, found, FIELDS)
 
 
 if __name__ == "__main__":

@@ -2,41 +2,36 @@
 
     python benchmarks/eight_bit_error.py MODEL_FOLDER --texts ja-text/valid.jsonl --out benchmarks/results/eight-bit.csv
 
-In fp32 otherwise, so that nothing else is seen. A site's error is that of its result, of the median token; "had64"
-turns each 64 inputs and weights by a Hadamard matrix before they are rounded, which spreads outliers. Also on a CPU.
+In fp32 otherwise, so that nothing else is seen. A site's error is that of its result, of the median token. INT8 is
+turned by Hadamard blocks before it is rounded (docs/notes/0019); "plain" is the same without. Also on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from table import write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kitaeru.kernels.rows import Arithmetic, round_rows
+from kitaeru.kernels.rows import Arithmetic, empty_rows, put_rows
 from kitaeru.model import attention
 from kitaeru.model.fused import fused_layer, install
 
 LENGTH = 512
 SITES = {"qkv": "self_attn.q_proj", "out": "self_attn.o_proj", "both": "mlp.gate_proj", "down": "mlp.down_proj"}
-WIDE: tuple[tuple[str, ...], ...] = ((), ("down",), ("qkv", "down"), ("both", "down"))
+# What is computed in 16 bits; "keep": nothing, and gate and up are kept in 8 bits too.
+WIDE: tuple[tuple[str, ...], ...] = ((), ("keep",), ("down",), ("qkv", "down"))
 
 
-def rounded(values: Tensor, dtype: torch.dtype, turn: int = 0) -> Tensor:
-    if turn:
-        matrix = torch.ones(1, 1, device=values.device)
-        while len(matrix) < turn:
-            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        values = (values.view(len(values), -1, turn) @ matrix / math.sqrt(turn)).reshape(values.shape)
-    return round_rows(values.contiguous(), dtype).values
+def rounded(values: Tensor, dtype: torch.dtype, *, plain: bool) -> Tensor:
+    return put_rows(values, empty_rows(len(values), values.shape[1], 0, dtype, values, plain=plain)).values
 
 
 def site_errors(model: Any, rows: Tensor, given: dict[str, Any]) -> dict[tuple[str, str], float]:
@@ -56,16 +51,13 @@ def site_errors(model: Any, rows: Tensor, given: dict[str, Any]) -> dict[tuple[s
             model(input_ids=row[None], **given)
     for hook in hooks:
         hook.remove()
-    ways: dict[str, tuple[torch.dtype, int]] = {
-        "int8": (torch.int8, 0), "fp8": (torch.float8_e4m3fn, 0), "int8 had64": (torch.int8, 64),
-        "fp8 had64": (torch.float8_e4m3fn, 64),
-    }  # fmt: skip
+    ways = {"int8": (torch.int8, False), "int8 plain": (torch.int8, True), "fp8": (torch.float8_e4m3fn, True)}
     found: dict[tuple[str, str], list[float]] = {}
     for (index, site), inputs in seen.items():
         x, w = torch.cat(inputs), model.model.layers[index].get_submodule(SITES[site]).weight
         exact = x @ w.T
-        for name, (dtype, turn) in ways.items():
-            off = rounded(x, dtype, turn) @ rounded(w.detach(), dtype, turn).T - exact
+        for name, (dtype, plain) in ways.items():
+            off = rounded(x, dtype, plain=plain) @ rounded(w.detach(), dtype, plain=plain).T - exact
             found.setdefault((site, name), []).append(float((off.norm(dim=1) / exact.norm(dim=1)).median()))
     return {key: sum(values) / len(values) for key, values in found.items()}
 
@@ -127,22 +119,21 @@ def main() -> None:
             removers: list[Callable[[], None]] = []
             for layer in model.model.layers:
                 fused = fused_layer(layer, model.config, way, torch.float32)
-                for site in wide:
+                fused.keep = way if "keep" in wide else "16bit"
+                for site in set(wide) & set(SITES):
                     fused.widen(site)
                 removers.append(install(layer, fused))
             got, theirs = losses(model, whole, rows, given)
             for remove in removers:
                 remove()
-            kept = "+".join(wide) or "none"
+            kept = "none, keep8" if "keep" in wide else "+".join(wide) or "none"
             gaps = got - exact
             say("loss", kept, way, float(gaps.mean() / exact.mean()))
             say("loss stderr", kept, way, float(gaps.std() / len(gaps) ** 0.5 / exact.mean()))
             say("gradient cos", kept, way, float(torch.nn.functional.cosine_similarity(theirs, gradient, dim=0)))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("model", "what", "in_16_bits_or_site", "way", "value"))
-        writer.writerows((arguments.model.name, *row[:3], f"{row[3]:.6f}") for row in table)
+    fields = ("model", "what", "in_16_bits_or_site", "way", "value")
+    found = ((arguments.model.name, *row[:3], f"{row[3]:.6f}") for row in table)
+    write(arguments.out, [dict(zip(fields, row, strict=True)) for row in found])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ FILE.machine.json are what the predictions can be made again from (tests/unit/pl
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import itertools
 import json
@@ -33,10 +32,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from table import append, read
+
 from kitaeru.errors import KitaeruError
 from kitaeru.hardware import Hardware
 from kitaeru.plan.choose import make_plan
-from kitaeru.plan.memory import device_overhead_bytes
+from kitaeru.plan.problem import needed_bytes
 from kitaeru.plan.types import DataFacts, Plan
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape, catalogue
@@ -241,7 +242,7 @@ def predicted(plan: Plan) -> dict[str, Any]:
     return {
         "layout": plan.layout.name,
         "predicted_bytes": peak,
-        "predicted_process_bytes": peak + device_overhead_bytes(plan.layout),
+        "predicted_process_bytes": needed_bytes(plan.layout, peak),
         "predicted_seconds": round(speed.step_seconds, 5),
         "predicted_low": round(tokens / speed.high, 5),
         "predicted_high": round(tokens / speed.low, 5),
@@ -282,7 +283,7 @@ def measure(point: Point, hardware: Hardware, folder: Path, *, small: bool, warm
     if on_gpu:
         torch.cuda.empty_cache()
         left = torch.cuda.memory_allocated()
-        if left > 64 << 20:
+        if left > 160 << 20:
             raise RuntimeError(f"{left} bytes are left from the point before")
     with mock.patch.object(engine, "load_model", _make_model):  # weights made on the device, not those on a disk
         trainee = engine.build(plan, load_tokenizer(ModelSection(name="bundled")), hear)
@@ -348,23 +349,19 @@ def _corpus(plan: Plan, vocabulary: int) -> Any:
 def _make_model(section: Any, layout: Any, seed: int, *_: Any) -> Any:
     """As `model.load.load_model` would give it: dtype, packing of the base, attention, device."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from random_model import on_device
 
     from kitaeru.model import load
 
     config = load.load_config(section)
     dtype = torch.float32 if layout.method in ("full", "pretrain") else load.DTYPES[layout.precision]
     torch.manual_seed(seed)
-    device = torch.device(layout.device)
     capped = layout.device == "cuda"
     if capped:  # the cap is for training: a real model is packed on its way to the device
         torch.cuda.set_per_process_memory_fraction(1.0)
-    with device:
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=load.attention_for(section, config)
-        )
-    if layout.base != "none":
-        _pack(model, layout, device)
+    compute, attention = load.DTYPES[layout.precision], load.attention_for(section, config)
+    how: Any = {"base": layout.base, "compute": compute, "attention": attention, "experts": True}
+    model = on_device(config, torch.device(layout.device), dtype=dtype, **how)
     if capped and CAP:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP[0] / torch.cuda.get_device_properties(0).total_memory))
@@ -373,38 +370,6 @@ def _make_model(section: Any, layout: Any, seed: int, *_: Any) -> Any:
 
 # Bytes that the point at work may take.
 CAP: list[float] = []
-
-
-def _pack(model: Any, layout: Any, device: Any) -> None:
-    """Linear layers inside the blocks in 4 or 8 bits, as bitsandbytes packs a model that is loaded."""
-    import bitsandbytes as bnb
-    import torch
-
-    from kitaeru.model.load import DTYPES, keep_trainable_packing
-
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if type(linear) is not torch.nn.Linear or linear is head:
-                continue
-            sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-            weight = linear.weight.data
-            if layout.base == "nf4":
-                how: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
-                packed = bnb.nn.Linear4bit(*sizes, compute_dtype=DTYPES[layout.precision], device="meta", **how)
-                packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=packed, **how).to(device)
-            else:
-                packed = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
-                packed.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
-            packed.bias = linear.bias
-            setattr(parent, name, packed)
-            del weight, linear
-    if layout.base == "nf4":
-        model.is_loaded_in_4bit = True
-        if layout.device == "cpu":
-            keep_trainable_packing(model)
-    else:
-        model.is_loaded_in_8bit = True
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -428,10 +393,11 @@ def work(points: list[Point], out: Path, hardware: Hardware, arguments: argparse
                 row |= measure(point, hardware, Path(folder), small=small, warm=arguments.warm, timed=arguments.timed)
             gc.collect()
             if not small:
+                torch._C._cuda_clearCublasWorkspaces()
                 torch.cuda.empty_cache()
                 torch.cuda.set_per_process_memory_fraction(1.0)
             row |= {"device": hardware.devices[0].name if hardware.devices else "cpu", "torch": torch.__version__}
-            append(out, row | {"date": time.strftime("%Y-%m-%d")})
+            append(out, [row | {"date": time.strftime("%Y-%m-%d")}], FIELDS)
             print(f"{point.name}: {told(row)} ({time.time() - started:.1f} s)", flush=True)
             if time.time() > arguments.until:
                 return
@@ -445,24 +411,6 @@ def suppress_to(row: dict[str, Any]) -> Iterator[None]:
     except Exception as error:
         text = str(error) if isinstance(error, KitaeruError) else f"{type(error).__name__}: {error}"
         row["error"] = " ".join(text.split())[:300]
-
-
-def append(out: Path, row: dict[str, Any]) -> None:
-    """One more row of the file."""
-    new = not out.exists()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def rows_of(out: Path) -> list[dict[str, str]]:
-    """The rows that are there."""
-    if not out.exists():
-        return []
-    with out.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def point_of(row: dict[str, str]) -> Point:
@@ -532,7 +480,7 @@ def main() -> None:
     os.environ["KITAERU_DATA"] = str(arguments.out.parent / f".{arguments.out.stem}")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     hardware = _machine(arguments)
-    done = {point_of(row) for row in rows_of(arguments.out)}
+    done = {point_of(row) for row in read(arguments.out)}
     points = [p for p in (_exhaustive() if arguments.exhaustive else _points()) if arguments.only in p.name]
     missing = [point for point in points if point not in done]
     if worker:
@@ -541,14 +489,15 @@ def main() -> None:
     while missing and time.time() < arguments.until:
         command = [sys.executable, *sys.argv, "--until", str(arguments.until)]
         ended = subprocess.run(command, check=False).returncode
-        left = [p for p in missing if p not in {point_of(row) for row in rows_of(arguments.out)}]
+        left = [p for p in missing if p not in {point_of(row) for row in read(arguments.out)}]
         if ended and left:  # the process died: this point is to blame
-            append(arguments.out, asdict(left[0]) | {"error": f"the process ended with code {ended}"})
+            died = asdict(left[0]) | {"error": f"the process ended with code {ended}"}
+            append(arguments.out, [died], FIELDS)
             left = left[1:]
         elif len(left) == len(missing):
             break
         missing = left
-    rows = rows_of(arguments.out)
+    rows = read(arguments.out)
     print(summary(rows))
     if arguments.exhaustive:
         print(choices(rows))

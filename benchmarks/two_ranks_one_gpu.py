@@ -2,9 +2,9 @@
 
 With `limits.devices: 2` on a machine with one GPU both ranks use it and talk through gloo, point-to-point by way of
 the CPU (NCCL refuses to share a GPU). That proves the code on CUDA, not its speed. The model has the shape of an 8B
-one, cut in depth, with random weights; each point is a real run of the command line in a process of its own. A row
-says how far losses are from the single process's, how many answers are the same, and each rank's peak memory beside
-the planned one. What does not fit the budget is recorded as not run.
+one, cut in depth and vocabulary, with random weights; each point is a real run of the command line in a process of its
+own. A row says how far losses are from the single process's, how many answers are the same, and each rank's peak memory
+beside the planned one. What does not fit the budget is recorded as not run.
 
     python benchmarks/two_ranks_one_gpu.py --out benchmarks/results/two-ranks-one-gpu.csv
     python benchmarks/two_ranks_one_gpu.py --device cpu --out /tmp/two-ranks.csv     # a tiny shape, to try the script
@@ -13,7 +13,6 @@ the planned one. What does not fit the budget is recorded as not run.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from table import write
 
 import kitaeru
 from kitaeru import events
@@ -37,7 +37,7 @@ from kitaeru.recipe.fields import leaves
 SHAPES = {
     "cuda": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 128256, "rope_theta": 500000.0,
+        "head_dim": 128, "vocab_size": 32768, "rope_theta": 500000.0,
     },
     "cpu": {
         "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -72,12 +72,13 @@ POINTS = {
     "fsdp-offload-qlora": Point("fsdp", "qlora", 2, "single-qlora", variant="offload"),
     "fsdp-2x2-qlora": Point("fsdp", "qlora", 4, "single-qlora", 2),
     "pipeline-lora": Point("pipeline", "lora", 2, "single-lora"),
+    "tensor-lora": Point("tensor", "lora", 2, "single-lora"),
     "model_parallel-qlora": Point("model_parallel", "qlora", 2, "single-qlora"),
     "pipeline-dp2-qlora": Point("pipeline", "qlora", 4, "single-qlora", 2),
     "pipeline-4-qlora": Point("pipeline", "qlora", 4, "single-qlora", 4),
 }
 FIELDS = (
-    "point", "outcome", "device", "kitaeru", "torch", "transformers", "layout", "cuts", "steps", "first_loss",
+    "point", "layers", "outcome", "device", "kitaeru", "torch", "transformers", "layout", "cuts", "steps", "first_loss",
     "last_loss", "loss_difference", "norm_difference", "valid_difference", "same_answers", "peak_gib", "planned_gib",
     "tokens_per_second", "seconds", "date",
 )  # fmt: skip
@@ -140,10 +141,11 @@ def far(ours: list[float], theirs: list[float]) -> float | str:
     return float(f"{max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)):.3g}")
 
 
-def row_of(name: str, run: Path, like: Path | None, outcome: str, seconds: float) -> dict[str, object]:
+def row_of(name: str, model: Path, run: Path, like: Path | None, outcome: str, seconds: float) -> dict[str, object]:
     """What the run's own files say, beside those of the run it must be equal to."""
     row: dict[str, object] = {
         "point": name,
+        "layers": json.loads((model / "config.json").read_text())["num_hidden_layers"],
         "outcome": outcome,
         "kitaeru": kitaeru.__version__,
         "torch": torch.__version__,
@@ -184,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", type=Path, help="a folder from a run before, or where to make one")
     parser.add_argument("--layers", type=int, default=4, help="depth of the model")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--budget-seconds", type=float, default=150, help="for everything, making the model included")
@@ -195,8 +198,9 @@ def main() -> None:
     started = time.monotonic()
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
-    model = arguments.work / "model"
-    make_model(arguments.device, arguments.layers, model)
+    model = arguments.model or arguments.work / "model"
+    if not model.exists():
+        make_model(arguments.device, arguments.layers, model)
     rows = []
     for name in arguments.points:
         left = arguments.budget_seconds - (time.monotonic() - started)
@@ -205,13 +209,11 @@ def main() -> None:
         if left > 5:
             words = command(name, arguments, model, run)
             outcome = run_point(words, arguments.work / f"{name}.log", min(left, arguments.point_seconds))
-        rows.append(row_of(name, run, arguments.work / like if like else None, outcome, time.monotonic() - begun))
+        rows.append(
+            row_of(name, model, run, arguments.work / like if like else None, outcome, time.monotonic() - begun)
+        )
         print(json.dumps(rows[-1]), flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write(arguments.out, rows, FIELDS)
 
 
 if __name__ == "__main__":

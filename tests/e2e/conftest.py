@@ -69,16 +69,11 @@ class Starter:
         self.process.stdin.flush()
         return self.answer()
 
-    def start(self, *argv: str | Path, cwd: Path, file_bytes: int | None = None, host: str | None = None) -> Started:
+    def start(self, *argv: str | Path, cwd: Path, **how: Any) -> Started:
+        """`how`: see starter.py."""
         output = cwd / "said.txt"
         output.unlink(missing_ok=True)
-        request = {
-            "argv": [str(word) for word in argv],
-            "cwd": str(cwd),
-            "output": str(output),
-            "file_bytes": file_bytes,
-            "host": host,
-        }
+        request = {"argv": [str(word) for word in argv], "cwd": str(cwd), "output": str(output), **how}
         return Started(self, self.ask(request), output)
 
 
@@ -107,12 +102,11 @@ class Folder:
             self.training.put(self.recipe, path.replace("__", "."), value)
         (self.path / "recipe.yaml").write_text(json.dumps(self.recipe))  # JSON is YAML
 
-    def start(self, *more: str, file_bytes: int | None = None, host: str | None = None) -> Started:
-        words = ("train", "recipe.yaml", "--plain", *more)
-        return self.starter.start(*words, cwd=self.path, file_bytes=file_bytes, host=host)
+    def start(self, *more: str, **how: Any) -> Started:
+        return self.starter.start("train", "recipe.yaml", "--plain", *more, cwd=self.path, **how)
 
-    def train(self, *more: str, code: int = 0, file_bytes: int | None = None) -> str:
-        started = self.start(*more, file_bytes=file_bytes)
+    def train(self, *more: str, code: int = 0, **how: Any) -> str:
+        started = self.start(*more, **how)
         ended = started.wait()
         assert ended == code, started.said
         return started.said

@@ -1,8 +1,9 @@
 """Starts kitaeru's command line many times without importing torch each time: a process that forks on request.
 
-Reads one JSON object a line: `{"argv": [...], "cwd": "...", "output": "...", "file_bytes": null, "host": null}` forks a
-child that runs `kitaeru ARGV` and answers with its pid; with a host, in the network namespace of that name, which is
-then the host's name too. `{"wait": pid}` answers with its exit code, or minus the signal that ended it.
+Reads one JSON object a line. `{"argv": [...], "cwd": "...", "output": "..."}` forks a child that runs `kitaeru ARGV`;
+the answer is its pid. More may be said of it: `file_bytes`, the largest file it may write; `host`, the network namespace
+it runs in, whose name is then the host's too; `fresh`, whether it starts workers as where there is a GPU.
+`{"wait": pid}` answers with its exit code, or minus the signal that ended it.
 """
 
 import ctypes
@@ -35,6 +36,10 @@ def child(request):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if request.get("file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], resource.RLIM_INFINITY))
+    if request.get("fresh"):
+        from kitaeru.engine import launch
+
+        launch.start_method = lambda: "spawn"
     from kitaeru.cli import main
 
     code = 70

@@ -168,6 +168,17 @@ def test_a_sigterm_to_everybody_is_survived_until_all_is_saved(new_folder, tmp_p
     assert folder.checkpoints()[-1] == f"step-{losses(folder)[-1][0]:08d}"
 
 
+def test_workers_that_are_fresh_processes_as_where_there_is_a_gpu(one, new_folder, tmp_path):
+    folder = new_folder(tmp_path, **TWO)
+    started = folder.start(fresh=True)
+    folder.wait_for("step", started, count=7, seconds=120)
+    os.killpg(started.pid, signal.SIGTERM)
+    assert started.wait() == 130, started.said
+    started.assert_nobody_left()
+    folder.train("--resume", fresh=True)
+    assert_same(folder, one)
+
+
 def test_interrupted_and_resumed_on_one_device_more(one, new_folder, tmp_path):
     folder = new_folder(tmp_path)
     folder.write(**(TWO | {"strategy": "single", "limits__devices": 1}))

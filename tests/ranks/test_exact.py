@@ -91,6 +91,8 @@ SHARDED = {
     "in RAM": (2, {"variant": "offload"}),
     "in RAM, on three": (3, {"variant": "offload", "activations": "recompute"}),
     "in RAM, alone": (1, {"variant": "offload", "activations": "recompute", "strategy": "single"}),
+    "inputs in RAM": (2, {"activations": "offload"}),
+    "one layer computed again": (2, {"recomputed": 1}),
 }
 
 
@@ -106,6 +108,8 @@ SHARDED = {
         ("in RAM, alone", "gemma", "full"),
         ("in RAM, alone", "qwen3", "pretrain"),
         ("in RAM", "llama", "lora"),
+        ("inputs in RAM", "gemma", "full"),
+        ("one layer computed again", "llama", "lora"),
     ],
 )
 def test_pieces_are_the_same_training(crew, hard, alone, tmp_path, way, name, method):

@@ -141,9 +141,9 @@ def main(folder: Path, numbers: Sequence[int]) -> None:
     """The checks of these numbers, one after another."""
     import torch
 
-    import kitaeru.engine.run  # noqa: F401 - once, for all forks
-
     device = "cuda" if probe().devices and torch.version.cuda else "cpu"
+    if device == "cpu":  # once, for all forks; where there is a GPU, it touches it (see `engine.launch`)
+        import kitaeru.engine.run  # noqa: F401
     bench = Bench.made(folder, probe(), device)
     for number in numbers:
         title, check = CHECKS[number - 1]

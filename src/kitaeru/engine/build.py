@@ -29,8 +29,9 @@ from kitaeru.model import attention
 from kitaeru.model import fused as fusing
 from kitaeru.model.adapt import add_adapter
 from kitaeru.model.head import LossSum, distance, forward_arguments, recognise_head
-from kitaeru.model.layers import Draws
+from kitaeru.model.layers import Draws, checkpoint_by_layer
 from kitaeru.model.load import DTYPES, load_config, load_model
+from kitaeru.model.offload import Host
 from kitaeru.model.parts import Parts, outline
 from kitaeru.model.stages import share_of, stage_devices
 from kitaeru.model.stream import load_streamed
@@ -278,7 +279,8 @@ def fuse_layers(trainee: Trainee) -> None:
             model,
             layout.arithmetic,
             keep8=layout.activations == "keep8",
-            recompute=layout.activations == "recompute",
+            recompute=layout.again(model.config.num_hidden_layers),
+            host=Host(trainee.device) if layout.activations == "offload" else None,
             probe=lambda: getattr(model, model.base_model_prefix)(**forward_arguments(batch)),
         )
     trainee.fused = done.layers
@@ -291,14 +293,19 @@ def fuse_layers(trainee: Trainee) -> None:
 
 
 def checkpoint_activations(trainee: Trainee) -> None:
-    """Recompute activations where the plan says so; a fused layer does so itself."""
-    if trainee.fused:
+    """Recompute activations where the plan says so, layer by layer; fused layers, and those that come from disk or
+    RAM, do so themselves.
+    """
+    layout, model = trainee.plan.layout, trainee.causal_lm
+    again = layout.again(model.config.num_hidden_layers)
+    if trainee.fused or layout.variant == DISK or trains_from_ram(layout) or not again:
         return
-    layout = trainee.plan.layout
-    if layout.variant == DISK or trains_from_ram(layout):  # which do so themselves
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not layout.recomputed and layout.activations != "offload":
         return
-    if layout.activations == "recompute":
-        trainee.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    host = Host(trainee.device) if layout.activations == "offload" else None
+    if not checkpoint_by_layer(model, again, host):
+        trainee.say(tr("This model's layers are computed again all or none: all are, from inputs on the device."))
 
 
 def attach_neftune(trainee: Trainee) -> None:

@@ -1,8 +1,9 @@
 """Starts the processes of a run on the devices of this host, and says which one failed and why.
 
 Only the run's folder crosses into a worker. torch's elastic agent starts them and stops the others when one ends badly.
-They are forked from one process that has imported everything and touched no GPU, so that starting N of them takes as
-long as starting one.
+Where there is a GPU, each is a fresh process: importing PEFT imports bitsandbytes, which asks the driver what cards
+there are, and a process forked after that can use none. Without one they are forked from a process that has imported
+everything, so that starting N of them takes as long as starting one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -50,7 +52,9 @@ def launch(folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...
     """
     for noisy in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    _start_forkserver()
+    method = start_method()
+    if method == "forkserver":
+        _start_forkserver()
     for rank in range(team.first, team.first + team.local):
         (folder / "logs" / f"rank-{rank}.json").unlink(missing_ok=True)
     options: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS} if _has("shutdown_timeout") else {}
@@ -64,7 +68,7 @@ def launch(folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...
         local_addr="localhost",
         max_restarts=0,  # hosts start again together (engine.hosts)
         monitor_interval=0.1,
-        start_method="forkserver",
+        start_method=method,
         signals_to_handle="SIGHUP",  # the others are passed on below
         **options,
     )
@@ -75,6 +79,11 @@ def launch(folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...
         failures = {team.first + local: failure for local, failure in failed.failures.items()}
         raise explain(folder, failures, team.restarts) from None
     return answers[0]
+
+
+def start_method() -> str:
+    """How Python starts a worker here: `spawn` where there is a GPU, else `forkserver`."""
+    return "spawn" if torch.cuda.is_available() else "forkserver"
 
 
 def _start_forkserver() -> None:
@@ -92,7 +101,7 @@ def _start_forkserver() -> None:
 def begin_worker(agent: int) -> None:
     """What a worker does first: hear SIGTERM again, and end with the process that started it, however that ends.
 
-    The process it was forked from lives as long as any worker does.
+    A process that workers are forked from lives as long as any of them does.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(agent,), name="agent", daemon=True).start()

@@ -1,6 +1,7 @@
 """The thin products of an adapter: x P^T beside x, and the gradients of A and B.
 
-x: Rows [T, K]; P: [R, K] in 16 bits (all A that read x, one below the other; on the way back all B, transposed).
+x: Rows [T, K]; P: [R, K] in 16 bits (all A that read x, one below the other; on the way back all B, transposed). Where
+x lies turned, the kernels read P turned, and what they give for A and B is turned back.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 from kitaeru.kernels.frozen import write_adapter
 from kitaeru.kernels.rows import Rows
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.turned import turn
 
 # Programs that share the sum over tokens, so that a narrow matrix keeps the whole device busy.
 PROGRAMS = 264
@@ -32,6 +34,7 @@ def project(x: Rows, p: Tensor) -> Tensor:
     tokens, rank = len(x.data), len(p)
     out = torch.empty((tokens, rank), dtype=p.dtype, device=p.device)
     block = 64 if tokens >= 4096 else 16
+    p = turn(p) if x.turned else p
     _project[(triton.cdiv(tokens, block),)](
         x.data, x.scale, p, out, x.data.stride(0), tokens, x.width, rank,
         SCALED=x.scale is not None, ROWS=block, COLUMNS=128, RANK=triton.next_power_of_2(max(rank, 16)),
@@ -65,7 +68,8 @@ def outer(p: Tensor, x: Rows) -> Tensor:
         SCALED=x.scale is not None, ROWS=block, COLUMNS=columns, RANK=triton.next_power_of_2(max(rank, 16)),
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    return out[0] if parts == 1 else out.sum(0)
+    total = out[0] if parts == 1 else out.sum(0)
+    return turn(total) if x.turned else total
 
 
 if triton is not None:

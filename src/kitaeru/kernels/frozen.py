@@ -3,7 +3,8 @@
 A weight W [N, K] is stored in 16 or 32 bits, in 8 (INT8, a scale for each row) or in 4 (NF4, a scale for each 64
 values, these in 8 bits again). A product wants it in the numbers of its input, with the summed dimension last: W for
 the forward pass, W^T for the backward pass. `expand` writes that into a tensor that lives as long as the product. It
-has a scale for each of its rows, and E further columns for an adapter (see kernels/rows.py).
+has a scale for each of its rows, and E further columns for an adapter (see kernels/rows.py). In INT8 its rows are
+turned (kernels/turned.py), as those of the input are.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.rows import FP8_MOST, TINY, top
+from kitaeru.kernels.rows import FP8_MOST, TINY, top, turns
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.turned import turn
 from kitaeru.plan.stored import NF4_BLOCK, NF4_SECOND_BLOCK
+
+if triton is not None:
+    from kitaeru.kernels.rows import store_rounded
+    from kitaeru.kernels.turned import turned, turning
 
 
 @dataclass(frozen=True)
@@ -67,15 +73,19 @@ class Scales:
 
 
 def scales_of(weights: Sequence[Stored], dtype: torch.dtype) -> Scales:
-    """Scales with which the largest value of every row becomes the top of `dtype`. The weights are frozen: once."""
+    """Scales with which the largest value of every row (turned, for INT8) becomes the top of `dtype`.
+
+    The weights are frozen: once.
+    """
     largest = top(dtype)
     if not largest:
         return Scales(None, None)
-    rows, columns = [], []
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
     for weight in weights:
-        size = weight.values().abs()
-        rows.append(size.amax(1))
-        columns.append(size.amax(0))
+        values = weight.values()
+        for sizes, each in ((rows, values), (columns, values.T)):
+            sizes.append((turn(each) if turns(dtype) else each).abs().amax(1))
     return Scales((torch.cat(rows) / largest).clamp_min(TINY), (torch.stack(columns).amax(0) / largest).clamp_min(TINY))
 
 
@@ -94,6 +104,7 @@ def expand_reference(
     """
     whole = torch.cat([weight.values() for weight in weights])
     whole = whole.T if transposed else whole
+    whole = turn(whole) if turns(dtype) else whole
     out = torch.zeros((whole.shape[0], whole.shape[1] + extra), dtype=dtype, device=adapter.device)
     by = torch.ones(len(whole), device=adapter.device) if scale is None else scale
     scaled = whole / by[:, None]
@@ -211,14 +222,16 @@ if triton is not None:
             values = tl.load(data + at, mask=inside[:, None], other=0).to(tl.float32) * by[:, None]
             if SCALED and TRANSPOSED:
                 values *= (1.0 / tl.load(scale + column))[None, :]
-        if INT8:
-            values = (values + 12582912.0) - 12582912.0
-        short = values.to(out.dtype.element_ty)
         if TRANSPOSED:
+            values = tl.trans(values)
             pointer = out + column[:, None].to(tl.int64) * out_stride + done + row[None, :]
-            tl.store(pointer, tl.trans(short), mask=inside[None, :])
+            mask = inside[None, :]
         else:
-            tl.store(out + (done + row[:, None]) * out_stride + column[None, :], short, mask=inside[:, None])
+            pointer = out + (done + row[:, None]) * out_stride + column[None, :]
+            mask = inside[:, None]
+        if INT8:
+            values = turned(values, turning(), ROWS)
+        store_rounded(pointer, values, mask, INT8)
 
     @triton.jit
     def _extend(  # type: ignore[no-untyped-def]

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kitaeru.kernels.rows import Rows, empty_rows, put_rows, round_rows, top
+from kitaeru.kernels.rows import Rows, empty_rows, put_rows, row_block, top
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
+    from kitaeru.kernels.turned import turned, turning
 
 Activation = Literal["silu", "gelu_tanh"]
 BLOCK = 4096
@@ -52,7 +53,7 @@ def gated(both: Tensor, activation: Activation, dtype: torch.dtype, extra: int, 
     _gated[(tokens,)](
         both, rows.data, rows.scale, kept.gate.data, kept.gate.scale, kept.up.scale, rows.data.stride(0), width,
         TOP=top(dtype), INT8=dtype == torch.int8, KEEP_TOP=top(keep), KEEP_INT8=keep == torch.int8,
-        SILU=activation == "silu", BLOCK=min(BLOCK, triton.next_power_of_2(width)), num_warps=16 if width > 2048 else 8,
+        SILU=activation == "silu", **_block(width, turned=rows.turned),
     )  # fmt: skip
     return rows, kept
 
@@ -60,7 +61,9 @@ def gated(both: Tensor, activation: Activation, dtype: torch.dtype, extra: int, 
 def gated_backward_reference(
     upstream: Tensor, kept: Kept, activation: Activation, dtype: torch.dtype, extra: int
 ) -> tuple[Rows, Rows]:
-    """The definition: the gradient of `both` [T, 2f] as Rows with E further columns, and the product [T, f] as Rows."""
+    """The definition: the gradient of `both` [T, 2f] as Rows with E further columns, and the product [T, f] as
+    Rows, not turned.
+    """
     gate = kept.gate.values.float().detach().requires_grad_()
     with torch.enable_grad():
         active = _act(gate, activation)
@@ -70,7 +73,7 @@ def gated_backward_reference(
     product = active.detach() * up
     return (
         put_rows(gradient, empty_rows(len(gradient), gradient.shape[1], extra, dtype, upstream)),
-        put_rows(product, empty_rows(len(product), product.shape[1], 0, dtype, upstream)),
+        put_rows(product, empty_rows(len(product), product.shape[1], 0, dtype, upstream, plain=True)),
     )
 
 
@@ -82,14 +85,20 @@ def gated_backward(
         return gated_backward_reference(upstream, kept, activation, dtype, extra)
     tokens, width = upstream.shape
     gradient = empty_rows(tokens, 2 * width, extra, dtype, upstream)
-    product = empty_rows(tokens, width, 0, dtype, upstream)
+    product = empty_rows(tokens, width, 0, dtype, upstream, plain=True)
     _gated_backward[(tokens,)](
         upstream, kept.gate.data, kept.gate.scale, kept.up.data, kept.up.scale, kept.gate.data.stride(0),
         gradient.data, gradient.scale, product.data, product.scale, gradient.data.stride(0), width,
         SCALED=kept.gate.scale is not None, TOP=top(dtype), INT8=dtype == torch.int8, SILU=activation == "silu",
-        BLOCK=min(BLOCK, triton.next_power_of_2(width)), num_warps=16 if width > 2048 else 8,
+        **_block(width, turned=gradient.turned),
     )  # fmt: skip
     return gradient, product
+
+
+def _block(width: int, *, turned: bool) -> dict[str, int]:
+    """Columns at a time and warps; half of them where they are turned, which takes twice the registers."""
+    block = row_block(width, turned=turned, most=BLOCK // 2 if turned else BLOCK)
+    return {"BLOCK": block, "num_warps": 16 if block == BLOCK else 8}
 
 
 def _act(gate: Tensor, activation: Activation) -> Tensor:
@@ -100,7 +109,8 @@ def _keep(both: Tensor, keep: torch.dtype) -> Kept:
     gate, up = both.chunk(2, 1)
     if keep == both.dtype:
         return Kept(Rows(gate, None, gate.shape[1]), Rows(up, None, up.shape[1]))
-    return Kept(round_rows(gate, keep), round_rows(up, keep))
+    room = _room(both, keep)
+    return Kept(put_rows(gate, room.gate), put_rows(up, room.up))
 
 
 def _room(both: Tensor, keep: torch.dtype) -> Kept:
@@ -135,6 +145,8 @@ if triton is not None:
         kept += row * 2 * width
         columns = tl.arange(0, BLOCK)
         factor, by_gate, by_up = 1.0, 1.0, 1.0
+        if INT8:
+            matrix = turning()
         if TOP > 0 or KEEP_TOP > 0:
             largest = tl.zeros([BLOCK], tl.float32)
             largest_gate = tl.zeros([BLOCK], tl.float32)
@@ -144,7 +156,10 @@ if triton is not None:
                 gate = tl.load(both + at, mask=at < width, other=0.0).to(tl.float32)
                 up = tl.load(both + width + at, mask=at < width, other=0.0).to(tl.float32)
                 active, _ = _act_and_slope(gate, SILU)
-                largest = tl.maximum(largest, tl.abs(active * up))
+                result = active * up
+                if INT8:
+                    result = turned(result, matrix, BLOCK // 64)
+                largest = tl.maximum(largest, tl.abs(result))
                 largest_gate = tl.maximum(largest_gate, tl.abs(gate))
                 largest_up = tl.maximum(largest_up, tl.abs(up))
             if TOP > 0:
@@ -164,7 +179,10 @@ if triton is not None:
             gate = tl.load(both + at, mask=inside, other=0.0).to(tl.float32)
             up = tl.load(both + width + at, mask=inside, other=0.0).to(tl.float32)
             active, _ = _act_and_slope(gate, SILU)
-            store_rounded(rows + row * rows_stride + at, active * up * factor, inside, INT8)
+            result = active * up
+            if INT8:
+                result = turned(result, matrix, BLOCK // 64)
+            store_rounded(rows + row * rows_stride + at, result * factor, inside, INT8)
             if KEEP_TOP > 0:
                 store_rounded(kept + at, gate * by_gate, inside, KEEP_INT8)
                 store_rounded(kept + width + at, up * by_up, inside, KEEP_INT8)
@@ -183,6 +201,8 @@ if triton is not None:
         product += row * width
         columns = tl.arange(0, BLOCK)
         by_gate, by_up, factor, product_factor = 1.0, 1.0, 1.0, 1.0
+        if INT8:
+            matrix = turning()
         if SCALED:
             by_gate = tl.load(gate_scale + row)
             by_up = tl.load(up_scale + row)
@@ -195,7 +215,11 @@ if triton is not None:
                 up = tl.load(ups + at, mask=at < width, other=0.0).to(tl.float32) * by_up
                 above = tl.load(upstream + at, mask=at < width, other=0.0).to(tl.float32)
                 active, slope = _act_and_slope(gate, SILU)
-                largest = tl.maximum(largest, tl.maximum(tl.abs(above * up * slope), tl.abs(above * active)))
+                of_gate, of_up = above * up * slope, above * active
+                if INT8:
+                    of_gate = turned(of_gate, matrix, BLOCK // 64)
+                    of_up = turned(of_up, matrix, BLOCK // 64)
+                largest = tl.maximum(largest, tl.maximum(tl.abs(of_gate), tl.abs(of_up)))
                 largest_product = tl.maximum(largest_product, tl.abs(active * up))
             step = tl.maximum(tl.max(largest, 0) / TOP, 1e-12)
             product_step = tl.maximum(tl.max(largest_product, 0) / TOP, 1e-12)
@@ -210,6 +234,10 @@ if triton is not None:
             up = tl.load(ups + at, mask=inside, other=0.0).to(tl.float32) * by_up
             above = tl.load(upstream + at, mask=inside, other=0.0).to(tl.float32)
             active, slope = _act_and_slope(gate, SILU)
-            store_rounded(gradient + at, above * up * slope * factor, inside, INT8)
-            store_rounded(gradient + width + at, above * active * factor, inside, INT8)
+            of_gate, of_up = above * up * slope, above * active
+            if INT8:
+                of_gate = turned(of_gate, matrix, BLOCK // 64)
+                of_up = turned(of_up, matrix, BLOCK // 64)
+            store_rounded(gradient + at, of_gate * factor, inside, INT8)
+            store_rounded(gradient + width + at, of_up * factor, inside, INT8)
             store_rounded(product + at, active * up * product_factor, inside, INT8)

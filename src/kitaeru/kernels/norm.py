@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.rows import Rows, empty_rows, put_rows, top
+from kitaeru.kernels.rows import Rows, empty_rows, put_rows, row_block, row_warps, top
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
+    from kitaeru.kernels.turned import turned, turning
 
 
 def norm_reference(
@@ -39,8 +40,8 @@ def norm(
     total = x if delta is None else torch.empty_like(x)
     _norm[(tokens,)](
         x, delta, total, weight, rows.data, rows.scale, rstd, rows.data.stride(0), width, eps,
-        TOP=top(dtype), INT8=dtype == torch.int8, ADD=delta is not None, BLOCK=triton.next_power_of_2(width),
-        num_warps=_warps(width),
+        TOP=top(dtype), INT8=dtype == torch.int8, ADD=delta is not None, BLOCK=row_block(width, turned=rows.turned),
+        num_warps=row_warps(width),
     )  # fmt: skip
     return total, rows, rstd
 
@@ -73,14 +74,11 @@ def norm_backward(
         dy, y.data, y.scale, rstd, weight, along, result,
         None if rows is None else rows.data, None if rows is None else rows.scale,
         y.data.stride(0), 0 if rows is None else rows.data.stride(0), width,
-        SCALED=y.scale is not None, WRITE=rows is not None, TOP=0.0 if dtype is None else top(dtype),
-        INT8=dtype == torch.int8, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+        SCALED=y.scale is not None, TURNED=y.turned, WRITE=rows is not None, TOP=0.0 if dtype is None else top(dtype),
+        INT8=dtype == torch.int8, BLOCK=row_block(width, turned=y.turned or dtype == torch.int8),
+        num_warps=row_warps(width),
     )  # fmt: skip
     return result, rows
-
-
-def _warps(width: int) -> int:
-    return 4 if width <= 2048 else 8 if width <= 8192 else 16
 
 
 if triton is not None:
@@ -102,6 +100,8 @@ if triton is not None:
         inverse = 1.0 / tl.sqrt(tl.sum(values * values, 0) / width + eps)
         tl.store(rstd + row, inverse)
         result = values * inverse * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        if INT8:
+            result = turned(result, turning(), BLOCK // 64)
         if TOP > 0:
             step = tl.maximum(tl.max(tl.abs(result), 0) / TOP, 1e-12)
             tl.store(scale + row, step)
@@ -111,13 +111,16 @@ if triton is not None:
     @triton.jit
     def _norm_backward(  # type: ignore[no-untyped-def]
         dy, y, y_scale, rstd, weight, along, dx, rows, scale, y_stride, rows_stride, width,
-        SCALED: tl.constexpr, WRITE: tl.constexpr, TOP: tl.constexpr, INT8: tl.constexpr, BLOCK: tl.constexpr,
+        SCALED: tl.constexpr, TURNED: tl.constexpr, WRITE: tl.constexpr, TOP: tl.constexpr, INT8: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK)
         inside = at < width
         up = tl.load(dy + row * width + at, mask=inside, other=0.0).to(tl.float32)
         values = tl.load(y + row * y_stride + at, mask=inside, other=0.0).to(tl.float32)
+        if TURNED:
+            values = turned(values, turning(), BLOCK // 64)
         if SCALED:
             values *= tl.load(y_scale + row)
         by = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
@@ -127,6 +130,8 @@ if triton is not None:
         result += tl.load(along + row * width + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + row * width + at, result.to(dx.dtype.element_ty), mask=inside)
         if WRITE:
+            if INT8:
+                result = turned(result, turning(), BLOCK // 64)
             if TOP > 0:
                 step = tl.maximum(tl.max(tl.abs(result), 0) / TOP, 1e-12)
                 tl.store(scale + row, step)

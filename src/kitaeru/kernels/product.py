@@ -1,6 +1,7 @@
 """The matrix product of activations and a frozen weight, with the adapter's part in the same pass.
 
-x: Rows [T, K + E], w: [N, K + E] as `frozen.expand` gives it, `scale` fp32 [N]; the result is [T, N] in 16 bits.
+x: Rows [T, K + E], w: [N, K + E] as `frozen.expand` gives it, turned or not as x lies, `scale` fp32 [N]; the result is
+[T, N] in 16 bits.
 16 bits and FP8 go through cuBLAS, INT8 through a kernel whose last step adds the adapter.
 """
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.rows import Rows, empty_rows, put_rows, top
+from kitaeru.kernels.rows import Rows, empty_rows, put_rows, round_rows, top, turns
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
 
 if triton is not None:
@@ -101,16 +101,19 @@ def rotate_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, inverse: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads,
     dtype: torch.dtype, extra: int,
 ) -> Rows:  # fmt: skip
-    """The same in one pass."""
+    """The same in one pass; for INT8 in two, since the 64 neighbours to be turned need not lie in one head."""
     if not use_triton(dq):
         return rotate_backward_reference(dq, dk, dv, qkv, inverse, cos, sin, heads, dtype, extra)
+    if turns(dtype):
+        wide = rotate_backward(dq, dk, dv, qkv, inverse, cos, sin, heads, dq.dtype, 0)
+        return round_rows(wide.data, dtype, extra)
     tokens = len(dq)
     rows = empty_rows(tokens, heads.width, extra, dtype, dq)
     _rotate_backward[(tokens,)](
         dq, dk, dv, qkv, inverse, cos, sin, heads.q_norm, heads.k_norm, rows.data, rows.scale,
         dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), qkv.stride(0),
         cos.stride(0), rows.data.stride(0), heads.query, heads.key,
-        NORM=inverse is not None, TOP=top(dtype), INT8=dtype == torch.int8, D=heads.size, HALF=heads.size // 2,
+        NORM=inverse is not None, TOP=top(dtype), D=heads.size, HALF=heads.size // 2,
         QUERY=triton.next_power_of_2(heads.query), KEY=triton.next_power_of_2(heads.key), num_warps=8,
     )  # fmt: skip
     return rows
@@ -187,8 +190,8 @@ if triton is not None:
     def _rotate_backward(  # type: ignore[no-untyped-def]
         dq, dk, dv, qkv, inverse, cos, sin, q_norm, k_norm, rows, scale,
         q_row, q_head, k_row, k_head, v_row, v_head, stride, angle_stride, rows_stride, query, key,
-        NORM: tl.constexpr, TOP: tl.constexpr, INT8: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-        QUERY: tl.constexpr, KEY: tl.constexpr,
+        NORM: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, QUERY: tl.constexpr,
+        KEY: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, HALF)[None, :]
@@ -221,11 +224,11 @@ if triton is not None:
         else:
             factor = 1.0
         rows += row * rows_stride
-        store_rounded(rows + q_place * D + at, q_low * factor, q_inside, INT8)
-        store_rounded(rows + q_place * D + HALF + at, q_high * factor, q_inside, INT8)
+        store_rounded(rows + q_place * D + at, q_low * factor, q_inside, False)
+        store_rounded(rows + q_place * D + HALF + at, q_high * factor, q_inside, False)
         rows += query * D
-        store_rounded(rows + k_place * D + at, k_low * factor, k_inside, INT8)
-        store_rounded(rows + k_place * D + HALF + at, k_high * factor, k_inside, INT8)
+        store_rounded(rows + k_place * D + at, k_low * factor, k_inside, False)
+        store_rounded(rows + k_place * D + HALF + at, k_high * factor, k_inside, False)
         rows += key * D
-        store_rounded(rows + k_place * D + at, v_low * factor, k_inside, INT8)
-        store_rounded(rows + k_place * D + HALF + at, v_high * factor, k_inside, INT8)
+        store_rounded(rows + k_place * D + at, v_low * factor, k_inside, False)
+        store_rounded(rows + k_place * D + HALF + at, v_high * factor, k_inside, False)

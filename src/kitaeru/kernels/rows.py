@@ -5,6 +5,8 @@ E further columns on the right: what an adapter adds to a product `x W^T` is a p
 `x A^T` written beside x and B beside W one matrix product gives the sum. In FP8 B is written as a high and a low part,
 each beside a copy of `x A^T`: what is trained keeps about 8 significant bits, so that small updates are seen.
 
+INT8 rows are turned before they are rounded (kernels/turned.py): what reads them reads `turn(x)`.
+
 FP8 scales leave a factor of 4 below the largest number that e4m3 holds (a floating-point format loses nothing by it),
 which is the room that the adapter's columns need.
 """
@@ -18,6 +20,10 @@ import torch
 from torch import Tensor
 
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.turned import turn
+
+if triton is not None:
+    from kitaeru.kernels.turned import turned, turning
 
 Arithmetic = Literal["16bit", "fp8", "int8"]
 FP8_MOST = 448.0
@@ -28,17 +34,23 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class Rows:
-    """`data` [T, K + E], `scale` fp32 [T] for 8-bit data (value = data * scale), and K."""
+    """`data` [T, K + E], `scale` fp32 [T] for 8-bit data (value = data * scale), K, and whether they lie turned."""
 
     data: Tensor
     scale: Tensor | None
     width: int
+    turned: bool = False
 
     @property
     def values(self) -> Tensor:
-        """The first K columns, in fp32 or wider for 8-bit data, as they are otherwise."""
+        """The first K columns, turned back, in fp32 or wider for 8-bit data, as they are otherwise."""
         own = self.data[:, : self.width]
-        return own if self.scale is None else own.float() * self.scale[:, None]
+        wide = own if self.scale is None else own.float() * self.scale[:, None]
+        return turn(wide) if self.turned else wide
+
+    def part(self, rows: slice) -> Rows:
+        """Some of the rows, in the same memory."""
+        return Rows(self.data[rows], None if self.scale is None else self.scale[rows], self.width)
 
 
 def storage(arithmetic: Arithmetic, compute: torch.dtype) -> torch.dtype:
@@ -51,11 +63,26 @@ def top(dtype: torch.dtype) -> float:
     return {torch.float8_e4m3fn: FP8_TOP, torch.int8: INT8_TOP}.get(dtype, 0.0)
 
 
-def empty_rows(tokens: int, width: int, extra: int, dtype: torch.dtype, like: Tensor) -> Rows:
-    """Rows to be filled, on the device of `like`."""
+def turns(dtype: torch.dtype) -> bool:
+    """Whether what products read in this dtype is turned: FP8 gains nothing by it."""
+    return dtype == torch.int8
+
+
+def row_block(width: int, *, turned: bool, most: int = 1 << 20) -> int:
+    """Columns of a row that a kernel holds at a time: a power of two; to turn them, 16 times 64 or more."""
+    return max(1024 if turned else 1, min(most, int(triton.next_power_of_2(width))))
+
+
+def row_warps(width: int) -> int:
+    """Warps for a kernel that holds a whole row: at most 32 numbers a thread, up to 16,384 columns."""
+    return 4 if width <= 2048 else 8 if width <= 8192 else 16
+
+
+def empty_rows(tokens: int, width: int, extra: int, dtype: torch.dtype, like: Tensor, *, plain: bool = False) -> Rows:
+    """Rows to be filled, on the device of `like`; `plain`: not turned, for what no product reads."""
     data = torch.empty((tokens, width + extra), dtype=dtype, device=like.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=like.device) if top(dtype) else None
-    return Rows(data, scale, width)
+    return Rows(data, scale, width, turns(dtype) and not plain)
 
 
 def put_rows(values: Tensor, rows: Rows) -> Rows:
@@ -64,6 +91,7 @@ def put_rows(values: Tensor, rows: Rows) -> Rows:
         rows.data[:, : rows.width] = values
         return rows
     largest = top(rows.data.dtype)
+    values = turn(values.float()) if rows.turned else values
     scale = (values.float().abs().amax(1) / largest).clamp_min(TINY)
     scaled = values.float() / scale[:, None]
     rows.data[:, : rows.width] = scaled.round() if rows.data.dtype == torch.int8 else scaled
@@ -72,13 +100,14 @@ def put_rows(values: Tensor, rows: Rows) -> Rows:
 
 
 def round_rows(values: Tensor, dtype: torch.dtype, extra: int = 0) -> Rows:
-    """Values [T, K] as `Rows` of a dtype, with E further columns that are not written."""
+    """Values [T, K] as `Rows` of a dtype, with E further columns that are not written; K % 64 == 0 for INT8."""
     rows = empty_rows(len(values), values.shape[1], extra, dtype, values)
     if not use_triton(values):
         return put_rows(values, rows)
     _round[(len(values),)](
         values, rows.data, rows.scale, values.stride(0), rows.data.stride(0), rows.width,
-        TOP=top(dtype), INT8=dtype == torch.int8, BLOCK=min(4096, triton.next_power_of_2(rows.width)), num_warps=8,
+        TOP=top(dtype), INT8=dtype == torch.int8, BLOCK=row_block(rows.width, turned=rows.turned),
+        num_warps=row_warps(rows.width),
     )  # fmt: skip
     return rows
 
@@ -98,17 +127,12 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         x += row * x_stride
         y += row * y_stride
-        columns = tl.arange(0, BLOCK)
-        factor = 1.0
+        at = tl.arange(0, BLOCK)
+        values = tl.load(x + at, mask=at < width, other=0).to(tl.float32)
+        if INT8:
+            values = turned(values, turning(), BLOCK // 64)
         if TOP > 0:
-            largest = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, width, BLOCK):
-                at = start + columns
-                largest = tl.maximum(largest, tl.abs(tl.load(x + at, mask=at < width, other=0).to(tl.float32)))
-            step = tl.maximum(tl.max(largest, 0) / TOP, 1e-12)
+            step = tl.maximum(tl.max(tl.abs(values), 0) / TOP, 1e-12)
             tl.store(scale + row, step)
-            factor = 1.0 / step
-        for start in range(0, width, BLOCK):
-            at = start + columns
-            values = tl.load(x + at, mask=at < width, other=0).to(tl.float32) * factor
-            store_rounded(y + at, values, at < width, INT8)
+            values *= 1.0 / step
+        store_rounded(y + at, values, at < width, INT8)

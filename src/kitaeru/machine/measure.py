@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kitaeru.kernels.packed_attention import packed_attention
+from kitaeru.kernels.packed_attention import attend, packed_attention
 from kitaeru.machine.nvml import NoDriver, ask, opened
-from kitaeru.plan.calibrate import DeviceProfile, Products
+from kitaeru.plan.calibrate import ATTENTION, AttentionKind, DeviceProfile, Products
 
 TERA, GIGA = 1e12, 1e9
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -178,30 +178,42 @@ def _grouped(bench: Bench) -> float:
 
 
 def attention(bench: Bench) -> dict[str, Any]:
-    """TFLOP/s of packed causal attention by the examples' length, forward and backward."""
+    """TFLOP/s of packed causal attention by the examples' length, forward and backward: of a model's own layers, of
+    fused ones, and of these with examples of one length.
+    """
     lengths = (512, 2048, 8192) if bench.on_gpu else (128, 512)
+    found: dict[str, dict[tuple[float, ...], float]] = {}
+    for kind in ATTENTION if bench.on_gpu else ATTENTION[:1]:
+        for length in lengths:
+            forward, backward = _attention(bench, kind, length, max(lengths[-1], bench.rows))
+            found.setdefault(f"{kind}_forward", {})[float(length),] = _short(forward)
+            found.setdefault(f"{kind}_backward", {})[float(length),] = _short(backward)
+    return found
+
+
+def _attention(bench: Bench, kind: AttentionKind, length: int, tokens: int) -> tuple[float, float]:
     heads, size = (32, 128) if bench.on_gpu else (8, 64)
-    forward: dict[tuple[float, ...], float] = {}
-    backward: dict[tuple[float, ...], float] = {}
-    for length in lengths:
-        tokens = max(lengths[-1], bench.rows)
-        q, k, v = (bench.numbers(1, heads, tokens, size, dtype=bench.dtype).requires_grad_() for _ in range(3))
-        bounds = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=bench.device)
+    row = (tokens, heads, size)
+    q, k, v = (bench.numbers(*row, dtype=bench.dtype).requires_grad_() for _ in range(3))
+    bounds = list(range(0, tokens, length))
+    if kind == "fused" and len(bounds) > 1:  # the first example a token longer, the second one shorter
+        bounds[1] += 1
+    starts = torch.tensor([*bounds, tokens], dtype=torch.int32, device=bench.device)
+    longest = length + (kind == "fused")
 
-        def ahead(q: Tensor = q, k: Tensor = k, v: Tensor = v, b: Tensor = bounds, n: int = length) -> Tensor:
-            return packed_attention(q, k, v, b, n)
+    def ahead() -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The result, and the leaves of the graph behind it."""
+        if kind == "attention":
+            own = (t.transpose(0, 1)[None] for t in (q, k, v))
+            return packed_attention(next(own), next(own), next(own), starts, longest), (q, k, v)
+        done = attend(q, k, v, starts, longest, size**-0.5)
+        return done.output, done.inputs
 
-        output = ahead()
-        upstream = torch.randn_like(output)
-
-        def back(o: Tensor = output, u: Tensor = upstream, of: tuple[Tensor, ...] = (q, k, v)) -> Any:
-            return torch.autograd.grad(o, of, u, retain_graph=True)
-
-        flops = 4 * heads * size * (length / 2) * tokens
-        with torch.no_grad():
-            forward[float(length),] = _short(flops / bench.time(ahead) / TERA)
-        backward[float(length),] = _short(2.5 * flops / bench.time(back) / TERA)
-    return {"attention_forward": forward, "attention_backward": backward}
+    output, leaves = ahead()
+    upstream = torch.randn_like(output)
+    flops = 4 * heads * size * (length / 2) * tokens
+    backward = bench.time(lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True))
+    return flops / bench.time(ahead) / TERA, 2.5 * flops / backward / TERA
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from kitaeru.i18n import tr
 from kitaeru.kernels.adapter import outer, project
 from kitaeru.kernels.frozen import Scales, Stored, expand, scales_of, write_adapter
 from kitaeru.kernels.product import product
-from kitaeru.kernels.rows import Arithmetic, Rows, storage
+from kitaeru.kernels.rows import Arithmetic, Rows, storage, turns
+from kitaeru.kernels.turned import TURN
 from kitaeru.plan.fused import extra_columns
 from kitaeru.plan.stored import NF4_BLOCK
 
@@ -52,7 +53,8 @@ class Member:
 
 @dataclass
 class Site:
-    """Linear layers that share their input, in one arithmetic.
+    """Linear layers that share their input, in one arithmetic; in 16 bits where INT8 is wanted and a side is
+    not a multiple of 64.
 
     `holds`: expanded weights are held once they are made, 1 or 2 bytes a weight for each pass, instead of for one
     product; by default on a CPU, whose references expand slowly.
@@ -69,6 +71,8 @@ class Site:
     _held: dict[bool, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if turns(self.dtype) and any(side % TURN for m in self.members for side in m.stored.shape):
+            self.arithmetic = "16bit"
         self.scales = scales_of([m.stored for m in self.members], self.dtype)
         self.holds = self.holds or self.members[0].stored.data.device.type == "cpu"
         biases = [m.bias for m in self.members]

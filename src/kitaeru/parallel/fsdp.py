@@ -15,7 +15,9 @@ A layer is put together by all ranks at the same time, so all compute the same n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
 
 from kitaeru.model.parts import Parts
@@ -77,7 +80,8 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     def cut(module: nn.Module) -> None:
         # "grad" keeps the layers whole between a forward pass and its backward pass.
         kept = layout.variant == "grad" and module is not unit
-        fully_shard(module, mesh=mesh, reshard_after_forward=not kept, ignored_params=whole, offload_policy=policy)
+        with _bytes_may_be_parameters():
+            fully_shard(module, mesh=mesh, reshard_after_forward=not kept, ignored_params=whole, offload_policy=policy)
 
     blocks = _blocks(unit.model)
     if unit.parts is None:
@@ -112,6 +116,21 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     written = sharded if world.rank < ranks else {}
     rows = {name: Rows(tuple(t.shape), pieces.place * -(-t.shape[0] // ranks)) for name, t in written.items()}
     return Held(world, unit, own, pieces, at=device, rows=rows)
+
+
+@contextmanager
+def _bytes_may_be_parameters() -> Iterator[None]:
+    """Up to torch 2.11 a piece is first made a parameter that asks for a gradient, which no tensor of bytes may."""
+
+    def parameter(data: torch.Tensor, requires_grad: bool | None = None) -> nn.Parameter:
+        return nn.Parameter(data, data.is_floating_point() if requires_grad is None else requires_grad)
+
+    module: Any = _fsdp_param
+    module.nn = SimpleNamespace(Parameter=parameter, Module=nn.Module)
+    try:
+        yield
+    finally:
+        module.nn = nn
 
 
 def _mesh(world: World, layout: Layout) -> DeviceMesh:

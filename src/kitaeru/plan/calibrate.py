@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kitaeru.errors import PlanError
 from kitaeru.files import write_json
@@ -21,6 +21,10 @@ from kitaeru.i18n import tr
 VERSION = 2
 
 Products = Mapping[tuple[float, ...], float]
+# Who computes attention: a model's own layers, fused ones, fused ones over examples of one length.
+AttentionKind = Literal["attention", "fused", "even"]
+ATTENTION: tuple[AttentionKind, ...] = ("attention", "fused", "even")
+_BY_LENGTH = tuple(f"{kind}_{way}" for kind in ATTENTION for way in ("forward", "backward"))
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class DeviceProfile:
 
     `products`: TFLOP/s of matrix products by arithmetic (bf16, fp16, fp32, tf32, fp8, int8) and by (rows, width), a
     square matrix of that width. `attention_forward`, `attention_backward`: TFLOP/s of causal packed attention by length
-    of the example, half of the square counted. TFLOP/s of an adapter's products (`skinny_tflops`) and of experts'
+    of the example, half of the square counted; `fused_` in fused layers, `even_` there with examples of one length.
+    TFLOP/s of an adapter's products (`skinny_tflops`) and of experts'
     (`grouped_tflops`). GB/s of one large kernel (`stream`), of a chain of small eager kernels (`eager`), of NF4
     unpacking counted as 2.5 bytes a weight, of pinned copies one way, alone and with all devices copying at once
     (`host_copy`), of the host's memory under an optimizer; seconds of the host for one eager operation of a model.
@@ -39,6 +44,10 @@ class DeviceProfile:
     products: Mapping[str, Products] = field(default_factory=dict)
     attention_forward: Products = field(default_factory=dict)
     attention_backward: Products = field(default_factory=dict)
+    fused_forward: Products = field(default_factory=dict)
+    fused_backward: Products = field(default_factory=dict)
+    even_forward: Products = field(default_factory=dict)
+    even_backward: Products = field(default_factory=dict)
     skinny_tflops: float = 0.0
     grouped_tflops: float = 0.0
     stream_gb_s: float = 0.0
@@ -59,9 +68,10 @@ class DeviceProfile:
         """
         return _between(self.products.get(arithmetic, {}), (rows, width))
 
-    def attention_tflops(self, length: float) -> tuple[float, float]:
+    def attention_tflops(self, length: float, kind: AttentionKind) -> tuple[float, float]:
         """TFLOP/s forward and backward for examples of `length` tokens; 0 where not measured."""
-        return _between(self.attention_forward, (length,)), _between(self.attention_backward, (length,))
+        forward, backward = (getattr(self, f"{kind}_{way}") for way in ("forward", "backward"))
+        return _between(forward, (length,)), _between(backward, (length,))
 
 
 def _between(table: Products, at: tuple[float, ...]) -> float:
@@ -151,7 +161,7 @@ def device_json(profile: DeviceProfile) -> dict[str, Any]:
     """A device's rates as JSON data: sizes of tables are written "512x1024"."""
     found: dict[str, Any] = {f.name: getattr(profile, f.name) for f in fields(profile)}
     found["products"] = {kind: _written(table) for kind, table in profile.products.items()}
-    for name in ("attention_forward", "attention_backward"):
+    for name in _BY_LENGTH:
         found[name] = _written(found[name])
     return {**found, "clocks": dict(profile.clocks)}
 
@@ -167,7 +177,7 @@ def device_from_json(value: Mapping[str, Any]) -> DeviceProfile:
     for name, rate in value.items():
         if name == "products":
             found[name] = {kind: _read(table) for kind, table in rate.items()}
-        elif name in ("attention_forward", "attention_backward"):
+        elif name in _BY_LENGTH:
             found[name] = _read(rate)
         elif name == "clocks":
             found[name] = {key: _rate(number) for key, number in rate.items()}

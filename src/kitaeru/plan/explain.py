@@ -21,7 +21,10 @@ FORMULAS: dict[str, str] = {
     "optimizer": N_(
         "AdamW: 8 bytes x trained parameters, 4 with moments in 16 bits (ZeRO: 4 more for a copy of weights)"
     ),
-    "activations": N_("tokens x what each operation keeps, layer by layer; x micro-batches under way in a pipeline"),
+    "activations": N_(
+        "tokens x what each operation keeps, layer by layer; x micro-batches under way in a pipeline; of a layer that "
+        "is computed again the input, or all but three of them in RAM"
+    ),
     "head": N_("512 rows of logits in 32 bits, up to 3 copies, and the gradient of what the head reads"),
     "workspace": N_("gradients of one layer while its backward pass runs, and one unpacked weight"),
     "gathered": N_("two layers and the tables put together from all devices, or two layers that come from RAM"),
@@ -30,6 +33,11 @@ FORMULAS: dict[str, str] = {
     "processes": N_("3 GB a process"),
     "loading": N_("one file of weights, at most 5 GB; FSDP: the whole model for each process"),
     "pinned": N_("1 GB a device; in full training two layers' gradients for each"),
+}
+
+# Of the machine's RAM, where it is another than a device's.
+HOST_FORMULAS: dict[str, str] = {
+    "activations": N_("tokens x 2 bytes (4 where all is trained) x width x (layers - 1), in pinned pieces of 16 MiB"),
 }
 
 # Of the seconds of a step; names are those of `speed.PARTS`.
@@ -45,7 +53,10 @@ SPEED_FORMULAS: dict[str, str] = {
     "communication": N_("bytes between devices / the rate of the link, as far as computing does not hide it"),
     "host": N_("operations x seconds an operation, as far as computing does not hide it; and a time for each step"),
     "bubble": N_("simulated pass by pass"),
-    "offload": N_("bytes to and from RAM / the rate of copies, as far as computing does not hide it"),
+    "offload": N_(
+        "bytes to and from RAM / the rate of copies, as far as computing does not hide it; with DeepSpeed also 28 bytes "
+        "x trained parameters in the host's memory"
+    ),
 }
 
 
@@ -75,7 +86,10 @@ def memory_lines(items: dict[str, int]) -> list[Line]:
 
 def host_lines(candidate: Candidate) -> list[Line]:
     """The items of the machine's RAM."""
-    return [Line(name, size, tr(HOST_ITEMS[name]), _formula(name)) for name, size in candidate.host.items()]
+    own = {name: tr(formula) for name, formula in HOST_FORMULAS.items()}
+    return [
+        Line(name, size, tr(HOST_ITEMS[name]), own.get(name) or _formula(name)) for name, size in candidate.host.items()
+    ]
 
 
 def speed_lines(candidate: Candidate) -> list[Line]:

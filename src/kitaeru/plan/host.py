@@ -52,7 +52,7 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
         loading += layout.devices * sum(weight_bytes(layout, shape))
     items = {"processes": processes * GPU_PROCESS_HOST_BYTES, "loading": loading}
     if layout.activations == "offload":
-        items["activations"] = layout.devices * offloaded_bytes(layout, shape, setting)
+        items["activations"] = layout.devices * offloaded_bytes(layout, shape)
     if trains_from_ram(layout):
         items |= ram_items(layout, shape, setting)
     elif layout.strategy == "fsdp" and layout.variant and not trains_all(layout) and layout.variant != "grad":

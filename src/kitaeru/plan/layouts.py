@@ -33,6 +33,8 @@ VARIANTS_BUILT: dict[str, tuple[str, ...]] = {
 # Bases with which a built strategy is known to train exactly; a strategy that is not named takes all.
 BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none", "nf4"), "tensor": ("none",), "zero3": ("none",)}
 SHARDED = ("fsdp", "zero3")
+# Strategies whose devices go through all layers, so that what is done with activations may differ from layer to layer.
+BY_LAYER = ("single", "ddp", "fsdp")
 # What families call the input table.
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
 # Strategies that are known to train exactly with a mixture's experts in few bits.
@@ -58,8 +60,6 @@ Rule = Callable[[Case], str | None]
 
 def is_built(layout: Layout) -> bool:
     """Whether the engine can run this way today."""
-    if layout.activations == "offload":
-        return False
     variants = VARIANTS_BUILT.get(layout.strategy, ("",))
     return layout.variant in variants and layout.base in BASES_BUILT.get(layout.strategy, (layout.base,))
 
@@ -293,8 +293,24 @@ def _activations_go_somewhere(case: Case) -> str | None:
         return None
     if layout.device == "cpu":
         return tr("On a CPU activations are in RAM already.")
-    if layout.strategy in ("pipeline", "model_parallel", "tensor"):
+    if layout.strategy not in BY_LAYER:
         return tr("Activations are offloaded only where a device goes through all layers.")
+    if layout.variant.startswith("offload"):
+        return tr("Weights come from RAM already; activations would have to wait for the same link.")
+    return None
+
+
+def _some_layers_are_recomputed(case: Case) -> str | None:
+    layout, shape = case.layout, case.shape
+    if not layout.recomputed:
+        return None
+    if layout.strategy not in BY_LAYER:
+        return tr("Only some layers are computed again where a device goes through all of them.")
+    if shape is not None and layout.recomputed >= shape.layers:
+        return tr(
+            "The model has {count} layers; all are computed again with --set limits.checkpointing=true",
+            count=shape.layers,
+        )
     return None
 
 
@@ -398,6 +414,7 @@ RULES: tuple[Rule, ...] = (
     _adapters_need_no_offload,
     _activations_go_somewhere,
     _layers_from_ram_are_computed_twice,
+    _some_layers_are_recomputed,
     _disk_keeps_frozen_layers,
     _fused_layers_are_known,
     _eight_bits_need_units,
@@ -484,9 +501,14 @@ def ways(recipe: Recipe) -> Iterator[tuple[MethodKind, Base]]:
 
 def activation_policies(recipe: Recipe, arithmetic: Arithmetic = "plain") -> tuple[Activations, ...]:
     """What may be done with activations: what the recipe pins, else all, the faster one first."""
-    pinned = recipe.limits.checkpointing
+    limits = recipe.limits
     kept: tuple[Activations, ...] = ("keep",) if arithmetic in ("plain", "16bit") else ("keep", "keep8")
-    return (*kept, "recompute") if pinned is None else ("recompute",) if pinned else kept
+    if limits.offload_activations:
+        return ("offload",)
+    if limits.checkpointing is False or limits.recomputed_layers is not None:
+        return kept
+    again: tuple[Activations, ...] = ("recompute",) if limits.offload_activations is False else ("recompute", "offload")
+    return again if limits.checkpointing else (*kept, *again)
 
 
 def arithmetic_for(recipe: Recipe, layout: Layout, device: Device | None, shape: ModelShape) -> Arithmetic:

@@ -112,6 +112,13 @@ def _changes(problem: Problem) -> Iterator[Change]:
     if recipe.limits.checkpointing is False:
         loose["limits.checkpointing"] = True
         yield dict(loose)
+    if recipe.limits.recomputed_layers is not None:
+        loose["limits.recomputed_layers"] = problem.shape.layers - 1
+        yield dict(loose)
+    if recipe.limits.offload_activations is False and problem.device is not None:
+        loose["limits.offload_activations"] = True
+        loose.pop("limits.recomputed_layers", None)
+        yield dict(loose)
     if recipe.limits.micro_batch_tokens is not None and recipe.limits.micro_batch_tokens > problem.longest:
         loose["limits.micro_batch_tokens"] = problem.least_micro_batch
         yield dict(loose)

@@ -62,6 +62,11 @@ class Problem:
         return max(1.0, min(float(self.longest), 1.5 * self.facts.tokens / self.facts.examples))
 
     @property
+    def even(self) -> bool:
+        """Whether all examples are known to be of one length."""
+        return self.facts is not None and 0 < self.facts.tokens == self.facts.examples * self.facts.longest
+
+    @property
     def usual_micro_batch(self) -> int:
         """Tokens that keep the device busy."""
         return CPU_MICRO_BATCH_TOKENS if self.device is None else GPU_MICRO_BATCH_TOKENS
@@ -126,6 +131,11 @@ def setting_of(problem: Problem, layout: Layout) -> Setting:
         return setting
     wide = sum(host_items(layout, problem.shape, setting).values()) * (1 + MARGIN)
     return setting if wide <= problem.hardware.host_free_bytes else replace(setting, optimizer="adamw_16bit")
+
+
+def needed_per_byte(layout: Layout) -> float:
+    """What must be free for one more byte of a predicted peak."""
+    return 1 + (CPU_MARGIN if layout.device == "cpu" else MARGIN)
 
 
 def needed_bytes(layout: Layout, peak: int) -> int:

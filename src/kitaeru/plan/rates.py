@@ -12,7 +12,7 @@ from typing import Any
 
 from kitaeru.hardware import NETWORK_GB_S, Device, Hardware
 from kitaeru.i18n import N_
-from kitaeru.plan.calibrate import DeviceProfile, Profile, cpu_key
+from kitaeru.plan.calibrate import AttentionKind, DeviceProfile, Profile, cpu_key
 from kitaeru.plan.types import Precision
 
 TERA, GIGA = 1e12, 1e9
@@ -53,6 +53,8 @@ FLASH_BACKWARD = {
     8: Factor(0.55, 0.45, 0.69, N_("published for RTX A5000: 53 to 77 of 111 TFLOP/s")),
     7: Factor(0.25, 0.12, 0.40, N_("no flash kernel before compute capability 8.0; estimate")),
 }
+CUDNN_FORWARD = Factor(0.50, 0.45, 0.56, N_("H100, cuDNN, rows of 2048 tokens: 480 to 520 of 989 TFLOP/s"))
+CUDNN_BACKWARD = Factor(0.34, 0.30, 0.40, N_("H100, cuDNN, rows of 2048 tokens: 333 of 989 TFLOP/s"))
 STREAM = Factor(0.87, 0.80, 0.92, N_("H100: 3.0 of 3.35 TB/s; published for RTX A5000: 660 of 768 GB/s"))
 EAGER = Factor(0.65, 0.50, 0.80, N_("many small eager kernels; fitted to 5,157 tokens/s of an 8B QLoRA on an H100"))
 DEQUANTISE = Factor(0.54, 0.45, 0.65, N_("H100, bitsandbytes: 14336 x 4096 to bf16 in 0.081 ms"))
@@ -61,11 +63,9 @@ PCIE_NO_P2P = Factor(0.31, 0.25, 0.40, N_("published: 8 to 12 of 32 GB/s through
 NVLINK = Factor(0.80, 0.65, 0.90, N_("published: 101.6 of 112.5 GB/s both ways for a pair of GA102"))
 NETWORK = Factor(0.80, 0.50, 0.95, N_("an estimate: what a stream keeps of an interface's rate"))
 # Seconds of the host for one operation of eager PyTorch, and for what surrounds a micro-batch and a step.
-HOST_OPERATION = Factor(
-    30e-6, 45e-6, 12e-6, "fitted to 160 ms for a step of two micro-batches of an 8-layer model, H100"
-)
-HOST_MICRO_BATCH = Factor(10e-3, 20e-3, 4e-3, N_("same measurement"))
-HOST_STEP = Factor(40e-3, 70e-3, 15e-3, N_("same measurement"))
+HOST_OPERATION = Factor(20e-6, 35e-6, 10e-6, N_("two machines with an H100: 20 and 26 microseconds"))
+HOST_MICRO_BATCH = Factor(2e-3, 10e-3, 1e-3, N_("H100, fitted to 50 points of benchmarks/planner_grid.py"))
+HOST_STEP = Factor(14e-3, 40e-3, 7e-3, N_("same measurement"))
 HOST_MEMORY_GB_S = Factor(40.0, 25.0, 120.0, N_("two channels of DDR4 to eight; not probed"))
 CPU_FLOPS_PER_CORE = {
     "fp32": Factor(60e9, 15e9, 130e9, N_("one core with AVX2 or AVX-512 in fp32; estimate")),
@@ -100,7 +100,8 @@ class Measured:
 @dataclass(frozen=True)
 class Rates:
     """Rates of one device: FLOP/s by kind of work, bytes/s by kind of traffic, seconds of its host. `peak_flops` is the
-    sheet's dense rate in the arithmetic of the plan, `peak_eight` that in 8 bits. What was `measured` has rates by size
+    sheet's dense rate in the arithmetic of the plan, `peak_eight` that in 8 bits, `even` of attention over examples of
+    one length. What was `measured` has rates by size
     (`sized`).
     """
 
@@ -112,6 +113,8 @@ class Rates:
     grouped: float
     attention_forward: float
     attention_backward: float
+    even_forward: float
+    even_backward: float
     stream: float
     eager: float
     dequantise: float
@@ -122,15 +125,20 @@ class Rates:
     step: float
     measured: Measured | None = field(default=None, compare=False)
 
-    def sized(self, rows: float, products: Iterable[tuple[float, float]], length: float) -> Rates:
+    def sized(
+        self, rows: float, products: Iterable[tuple[float, float]], length: float, kind: AttentionKind = "attention"
+    ) -> Rates:
         """The rates for products of `rows` with matrices of so many `(weights, width)`, the width that of a square one,
-        and for attention over examples of `length` tokens. Where they were not measured by size, the same for all.
+        and for attention of a kind over examples of `length` tokens. Where they were not measured by size, the same for
+        all.
         """
         known = self.measured
         if known is None:
-            return self
+            if kind != "even":
+                return self
+            return replace(self, attention_forward=self.even_forward, attention_backward=self.even_backward)
         found = list(products)
-        forward, backward = known.profile.attention_tflops(length)
+        forward, backward = known.profile.attention_tflops(length, kind)
         rates = {"gemm": known.products(known.arithmetic, rows, found)}
         rates |= {"attention_forward": forward, "attention_backward": backward}
         changed: dict[str, Any] = _flops(rates, known, self.peak_flops)
@@ -163,6 +171,8 @@ def device_rates(device: Device, precision: Precision, case: str = "likely", pro
         grouped=peak * GROUPED.at(case),
         attention_forward=peak * FLASH_FORWARD[kind].at(case),
         attention_backward=peak * FLASH_BACKWARD[kind].at(case),
+        even_forward=peak * (CUDNN_FORWARD if kind == 9 else FLASH_FORWARD[kind]).at(case),
+        even_backward=peak * (CUDNN_BACKWARD if kind == 9 else FLASH_BACKWARD[kind]).at(case),
         stream=bandwidth * STREAM.at(case),
         eager=bandwidth * EAGER.at(case),
         dequantise=bandwidth * DEQUANTISE.at(case),
@@ -239,6 +249,8 @@ def cpu_rates(
         grouped=flops / 2,
         attention_forward=flops,
         attention_backward=flops,
+        even_forward=flops,
+        even_backward=flops,
         stream=memory,
         eager=memory,
         dequantise=memory / 10,

@@ -37,8 +37,13 @@ def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
     if recipe.limits.micro_batch_tokens is None:
         yield Decision("limits.micro_batch_tokens", layout.micro_batch_tokens, _why_micro(problem, chosen))
     if recipe.limits.checkpointing is None:
-        recompute = layout.activations == "recompute"
-        yield Decision("limits.checkpointing", recompute, _why_activations(problem, chosen))
+        again = layout.again(problem.shape.layers)
+        why = _why_activations(problem, chosen)
+        yield Decision("limits.checkpointing", again > 0, why)
+        if layout.recomputed and recipe.limits.recomputed_layers is None:
+            yield Decision("limits.recomputed_layers", layout.recomputed, why)
+    if layout.activations == "offload" and recipe.limits.offload_activations is None:
+        yield Decision("limits.offload_activations", True, _why_offload(chosen))
     if recipe.limits.threads is None and layout.device == "cpu":
         cores = problem.hardware.cpu_cores
         if layout.devices == 1:
@@ -134,11 +139,19 @@ def _why_arithmetic(problem: Problem, layout: Layout) -> str:
 
 
 def _why_activations(problem: Problem, chosen: Candidate) -> str:
-    if chosen.layout.activations == "keep":
+    layout, shape = chosen.layout, problem.shape
+    if layout.activations == "keep" and not layout.recomputed:
         kept = chosen.memory.get("activations", 0) / GB
         return tr("Everything the backward pass needs fits ({size:.1f} GB), so nothing is computed twice.", size=kept)
-    items = memory_items(replace(chosen.layout, activations="keep"), problem.shape, setting_of(problem, chosen.layout))
-    if chosen.layout.activations == "keep8":
+    items = memory_items(replace(layout, activations="keep", recomputed=0), shape, setting_of(problem, layout))
+    if layout.recomputed:
+        return tr(
+            "Keeping everything would take {size:.1f} GB, so {count} of {layers} layers are computed twice instead.",
+            size=sum(items.values()) / GB,
+            count=layout.recomputed,
+            layers=shape.layers,
+        )
+    if layout.activations == "keep8":
         return tr(
             "Gate and up are kept in 8 bits, so nothing is computed twice; in full it would take {size:.1f} GB.",
             size=sum(items.values()) / GB,
@@ -146,6 +159,16 @@ def _why_activations(problem: Problem, chosen: Candidate) -> str:
     return tr(
         "Keeping everything would take {size:.1f} GB, so layers are computed twice instead.",
         size=sum(items.values()) / GB,
+    )
+
+
+def _why_offload(chosen: Candidate) -> str:
+    wait = chosen.speed.parts.get("offload", 0.0) / chosen.speed.step_seconds if chosen.speed else 0.0
+    return tr(
+        "What goes into each layer waits in RAM ({size:.1f} GB): on the device it would not fit, or only with smaller "
+        "micro-batches. The copies cost {share:.0%} of the time.",
+        size=chosen.host.get("activations", 0) / GB,
+        share=wait,
     )
 
 
@@ -172,6 +195,7 @@ def why_chosen(problem: Problem, chosen: Candidate, link: str = "", faster: Cand
         *_arithmetic_sentences(layout),
         *_sharing_sentences(problem, chosen, link),
         *_ram_sentences(problem, chosen),
+        *([_why_offload(chosen)] if layout.activations == "offload" else []),
     ]
     if faster is not None and faster.layout.method != layout.method and faster.layout.base == "nf4":
         sentences.append(

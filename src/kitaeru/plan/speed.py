@@ -13,8 +13,9 @@ from functools import lru_cache
 
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import N_
+from kitaeru.plan import fused
 from kitaeru.plan.activations import offloaded_bytes
-from kitaeru.plan.calibrate import Profile
+from kitaeru.plan.calibrate import AttentionKind, Profile
 from kitaeru.plan.from_ram import Traffic, layer_seconds, step_seconds
 from kitaeru.plan.layouts import DISK, SHARDED, ZERO
 from kitaeru.plan.pipeline import balanced_cuts, orders, simulate
@@ -34,6 +35,8 @@ from kitaeru.shape import ModelShape
 
 # Where launching and computing take equally long, neither hides all of the other.
 UNHIDDEN = 0.15
+# Widths of heads that cuDNN's kernel for examples of one length takes (`kernels.packed_attention`).
+EVEN_HEADS = (64, 128)
 # A simulated step has at most this many micro-batches; more follow the same beat.
 SIMULATED = 48
 # What one NVMe disk gives in large pieces; a layer read a moment ago comes from RAM where there is room, and faster.
@@ -88,11 +91,14 @@ def pace(
 
 @dataclass(frozen=True)
 class Load:
-    """What is to be done in a step: tokens over all devices, the length of the example a token is in, the optimizer."""
+    """What is to be done in a step: tokens over all devices, the length of the example a token is in, whether all are
+    of that length, the optimizer.
+    """
 
     global_tokens: int
     typical: float
     setting: Setting
+    even: bool = False
 
     def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of a step on one replica."""
@@ -164,13 +170,26 @@ def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, hea
     tokens = layout.micro_batch_tokens
     inner = [(linear.count * linear.weights, linear.weights**0.5) for linear in shape.linears()]
     table = shape.vocab * shape.hidden
-    inside = rates.sized(tokens, inner, load.typical)
+    kind: AttentionKind = "attention"
+    if fused.is_fused(layout):
+        kind = "even" if load.even and shape.head_dim in EVEN_HEADS else "fused"
+    inside = rates.sized(tokens, inner, load.typical, kind)
     outside = rates.sized(tokens, [(table, table**0.5)], load.typical) if head and table else rates
     return Layer(
         took(layer_forward(layout, shape, load.setting, load.typical), inside),
         took(layer_backward(layout, shape, load.setting, load.typical), inside),
         took(head_forward(layout, shape), outside) if head else NOTHING,
     )
+
+
+def _average_layer(layout: Layout, shape: ModelShape, load: Load, rates: Rates) -> Layer:
+    """A layer of a model in which some compute again what others keep."""
+    kept = layer_on(layout.of_kept, shape, load, rates)
+    if not layout.recomputed:
+        return kept
+    share = layout.again(shape.layers) / shape.layers
+    again = layer_on(layout.of_again, shape, load, rates)
+    return replace(kept, backward=kept.backward.times(1 - share) + again.backward.times(share))
 
 
 def cuts_for(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> tuple[int, ...]:
@@ -210,7 +229,7 @@ def _whole(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) 
     held = part_of(layout, shape, 0, count).shape
     steps = []
     for rates in dict.fromkeys(at.devices):
-        layer = layer_on(layout, held, load, rates)
+        layer = _average_layer(layout, held, load, rates)
         # Tensor-parallel devices have the whole head, each for a part of the tokens.
         head = layer.head.times(1 / layout.ranks_per_replica if layout.strategy == "tensor" else 1.0)
         micro = (layer.forward + layer.backward).times(shape.layers) + head
@@ -240,7 +259,7 @@ def _layer_waits(
         once = _sum_seconds(layout.ranks_per_replica, at.within, sent)
         # Two sums forward, two backward; what is computed again stops before its last one. One more is the head's.
         return {"communication": (shape.layers * (5 if layout.activations == "recompute" else 4) + 1) * once}
-    found = _activation_waits(layout, shape, load, rates, forward, backward)
+    found = _activation_waits(layout, shape, rates, forward, backward)
     if layout.variant == DISK:
         weights, _ = layer_weight_bytes(replace(layout, variant=""), shape)
         # The system reads ahead while a layer computes; the copy from its cache to the device is waited for.
@@ -279,7 +298,7 @@ def _layer_waits(
 
 
 def _activation_waits(
-    layout: Layout, shape: ModelShape, load: Load, rates: Rates, forward: float, backward: float
+    layout: Layout, shape: ModelShape, rates: Rates, forward: float, backward: float
 ) -> dict[str, float]:
     """What a micro-batch waits for its activations to go to RAM and to come back, a layer at a time behind its
     computation; all devices copy at once and share the host's memory.
@@ -287,7 +306,7 @@ def _activation_waits(
     if layout.activations != "offload":
         return {}
     copied = min(rates.host_copy, rates.host_memory / layout.devices)
-    once = offloaded_bytes(layout, shape, load.setting) / shape.layers / copied
+    once = offloaded_bytes(layout, shape) / shape.layers / copied
     return {"offload": shape.layers * (max(0.0, once - forward) + max(0.0, once - backward))}
 
 

@@ -330,6 +330,20 @@ class LimitsSection(Section):
         None,
         description=N_("Activation (gradient) checkpointing: keep only each layer's input and compute the rest again."),
     )
+    recomputed_layers: int | None = Field(
+        None,
+        ge=1,
+        description=N_(
+            "Checkpoint so many layers, the first ones, and keep the activations of the others. Default: all of them, or "
+            "as few as fit where the planner decides."
+        ),
+    )
+    offload_activations: bool | None = Field(
+        None,
+        description=N_(
+            "Let the inputs of checkpointed layers wait in pinned RAM: for very long examples. Default: only where it pays."
+        ),
+    )
     memory_gb: float | None = Field(None, gt=0, description=N_("Use at most so many GB (10⁹ bytes) of each device."))
     ram_gb: float | None = Field(
         None, gt=0, description=N_("Use at most so many GB (10⁹ bytes) of the machine's RAM, all processes together.")

@@ -114,16 +114,17 @@ ARITHMETICS: tuple[Arithmetic, ...] = ("16bit", "fp8", "int8")
 
 
 def same_rows(ours: Rows, theirs: Rows) -> None:
-    """Equal but for values that lie on the border between two roundings."""
+    """Equal but for values that lie on the border between two roundings; to be turned, kernels read numbers in bf16."""
+    assert ours.turned == theirs.turned
     if theirs.scale is not None:
         assert ours.scale is not None
         assert apart(ours.scale, theirs.scale) < 1e-3
-    assert apart(ours.values, theirs.values) < (0.006 if theirs.scale is not None else 0.004)
+    assert apart(ours.values, theirs.values) < (0.01 if theirs.turned else 0.006 if theirs.scale is not None else 0.004)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("width", [4096, 1376, 14336])
+@pytest.mark.parametrize("width", [4096, 1344, 14336])
 def test_triton_rounds_as_the_reference(arithmetic: Arithmetic, width: int) -> None:
     x = draw(37, width, dtype=torch.bfloat16, device="cuda")
     dtype = storage(arithmetic, torch.bfloat16)
@@ -132,7 +133,7 @@ def test_triton_rounds_as_the_reference(arithmetic: Arithmetic, width: int) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("width", [4096, 1376])
+@pytest.mark.parametrize("width", [4096, 1344])
 def test_triton_norm_is_the_reference(arithmetic: Arithmetic, width: int) -> None:
     x, delta, up, along = (draw(37, width, dtype=torch.bfloat16, device="cuda", seed=s) for s in range(4))
     weight = 1 + 0.3 * draw(width, dtype=torch.bfloat16, device="cuda", seed=5)
@@ -154,7 +155,7 @@ def test_triton_norm_is_the_reference(arithmetic: Arithmetic, width: int) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize("width", [1376, 14336])
+@pytest.mark.parametrize("width", [1344, 14336])
 def test_triton_gated_is_the_reference(arithmetic: Arithmetic, activation: str, width: int) -> None:
     both = draw(19, 2 * width, dtype=torch.bfloat16, device="cuda")
     up = draw(19, width, dtype=torch.bfloat16, device="cuda", seed=1)
@@ -176,7 +177,7 @@ def test_triton_gated_is_the_reference(arithmetic: Arithmetic, activation: str, 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("normed", [False, True])
 def test_triton_rotation_is_the_reference(arithmetic: Arithmetic, normed: bool) -> None:
-    heads = heads_of(normed, "cuda", torch.bfloat16, query=5)
+    heads = heads_of(normed, "cuda", torch.bfloat16, query=6)
     qkv = draw(23, heads.width, dtype=torch.bfloat16, device="cuda")
     cos, sin = angles(23, 32, "cuda", torch.bfloat16)
     ours, theirs = qkv.clone(), qkv.clone()

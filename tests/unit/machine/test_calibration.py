@@ -63,7 +63,7 @@ def test_the_planner_takes_what_was_measured_and_says_so(little: Path) -> None:
         found.operation_seconds,
         found.skinny_tflops,
     )
-    assert all(number > 0 for number in (*numbers, *found.attention_tflops(256)))
+    assert all(number > 0 for number in (*numbers, *found.attention_tflops(256, "attention")))
     after = make_plan(WISH, here, TINY)
     assert before.chosen.speed is not None
     assert after.chosen.speed is not None
@@ -152,5 +152,5 @@ def test_a_gpu(tmp_path: Path) -> None:
     assert found.stream_gb_s > 0.5 * found.eager_gb_s > 0
     assert found.host_copy_gb_s > 0
     assert found.dequantise_gb_s > 0
-    assert found.attention_tflops(2048)[1] > 0
+    assert found.attention_tflops(2048, "fused")[1] > 0
     assert found.clocks["hot_mhz"] > 0

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kitaeru.kernels.packed_attention import attend, attend_backward, packed_attention_reference
 from kitaeru.kernels.rows import Arithmetic
-from kitaeru.model import attention
+from kitaeru.model import attention, fused
 from kitaeru.model.fused import FusedLayer, fuse, fused_layer, install
 from kitaeru.model.site import UnfitError
 
@@ -22,13 +22,13 @@ LENGTHS = (7, 12, 5)
 TOKENS = sum(LENGTHS)
 
 
-def adapted(kind: str, dtype: torch.dtype = torch.float32, **lora: Any) -> tuple[Any, Any]:
+def adapted(kind: str, dtype: torch.dtype = torch.float32, *, kv_heads: int = 2, **lora: Any) -> tuple[Any, Any]:
     attention.register()
     torch.manual_seed(0)
     more = {"head_dim": 32} if kind in ("qwen3", "gemma2") else {}
     config = AutoConfig.for_model(
         kind, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=160, max_position_embeddings=256, **more,
+        num_key_value_heads=kv_heads, vocab_size=160, max_position_embeddings=256, **more,
     )  # fmt: skip
     name = attention.NAME if attention.suits(config) else "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name)
@@ -88,6 +88,42 @@ def test_in_full_width_it_is_pefts_layer(kind: str, recompute: bool) -> None:
         assert apart(got[name], expected[name]) < 1e-5, name
 
 
+@pytest.mark.parametrize("arithmetic", ["16bit", "fp8", "int8"])
+def test_an_mlp_in_pieces_is_the_same(arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows know nothing of each other: only sums over tokens are added in another order."""
+    model, whole = adapted("qwen3")
+    put_on(model, arithmetic, lambda layer: setattr(layer, "recompute", True))
+    expected = run(model, whole)
+    monkeypatch.setattr(fused, "MLP_TOKENS", 10)
+    seen: list[int] = []
+    gated = fused.gated
+    monkeypatch.setattr(fused, "gated", lambda both, *rest: (seen.append(len(both)), gated(both, *rest))[1])
+    got = run(model, whole)
+    assert seen == [10, 10, 4] * 4  # two layers, forward and again
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert apart(got[name], expected[name]) < 1e-6, name
+
+
+def test_a_long_row_s_last_norm_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, whole = adapted("llama")
+    monkeypatch.setattr(fused, "MLP_TOKENS", 10)
+    expected = run(model, whole)
+    ids = torch.randint(0, 160, (1, TOKENS))
+    done = fuse(model, "16bit", keep8=False, recompute=2, probe=lambda: model.model(input_ids=ids, **given()))
+    assert [layer.recompute for layer in done.layers] == [True, True]
+    kept: list[tuple[int, ...]] = []
+    norm = model.model.norm
+
+    def see(_: Any, arguments: tuple[Tensor]) -> None:
+        arguments[0].register_hook(lambda gradient: kept.append(tuple(gradient.shape)))
+
+    norm.register_forward_pre_hook(see)
+    got = run(model, whole)
+    assert kept == [(1, TOKENS, 128)]
+    assert all(apart(got[name], expected[name]) < 1e-5 for name in expected)
+
+
 @pytest.mark.parametrize("arithmetic", ["fp8", "int8"])
 @pytest.mark.parametrize("keep8", [False, True])
 def test_in_8_bits_it_is_near(arithmetic: Arithmetic, keep8: bool) -> None:
@@ -100,6 +136,16 @@ def test_in_8_bits_it_is_near(arithmetic: Arithmetic, keep8: bool) -> None:
     assert apart(got["input"], expected["input"]) < bound
     ours, theirs = (torch.cat([run_of[n].flatten() for n in expected if "lora" in n]) for run_of in (got, expected))
     assert float(torch.cosine_similarity(ours.double(), theirs.double(), 0)) > (0.98 if arithmetic == "fp8" else 0.997)
+
+
+def test_int8_with_a_side_that_is_not_of_64_is_computed_in_16_bits() -> None:
+    """One key/value head of 32: q, k and v cannot be turned along their outputs; the others can."""
+    model, whole = adapted("llama", kv_heads=1)
+    expected = run(model, whole)
+    layer = fused_layer(model.model.layers[0], model.config, "int8", torch.float32)
+    assert [s.arithmetic for s in (layer.qkv, layer.out, layer.both, layer.down)] == ["16bit", *["int8"] * 3]
+    put_on(model, "int8")
+    assert apart(run(model, whole)["output"], expected["output"]) < 0.05
 
 
 def test_adapters_on_some_layers_only() -> None:
@@ -165,7 +211,7 @@ def test_fuse_compares_before_it_trusts(monkeypatch: pytest.MonkeyPatch) -> None
     def probe() -> None:
         model.model(input_ids=ids, **given())
 
-    done = fuse(model, "16bit", keep8=False, recompute=False, probe=probe)
+    done = fuse(model, "16bit", keep8=False, probe=probe)
     assert done.why_not is None
     assert [layer.qkv.arithmetic for layer in done.layers] == ["16bit", "16bit"]
     for layer in model.model.layers:
@@ -175,7 +221,7 @@ def test_fuse_compares_before_it_trusts(monkeypatch: pytest.MonkeyPatch) -> None
     made = fused_layer(model.model.layers[1], model.config, "16bit", torch.float32)
     monkeypatch.undo()
     monkeypatch.setattr("kitaeru.model.fused.fused_layer", lambda *_: made)
-    done = fuse(model, "16bit", keep8=False, recompute=False, probe=probe)
+    done = fuse(model, "16bit", keep8=False, probe=probe)
     assert done.why_not is not None
     assert "off by" in done.why_not
     assert all("forward" not in vars(layer) or layer.forward.__name__ == "forward" for layer in model.model.layers)
@@ -190,7 +236,7 @@ def test_a_gradient_that_is_not_finite_is_not_near(monkeypatch: pytest.MonkeyPat
         return dq, dk, dv * float("nan")
 
     monkeypatch.setattr("kitaeru.model.fused.attend_backward", broken)
-    done = fuse(model, "16bit", keep8=False, recompute=False, probe=lambda: model.model(input_ids=ids, **given()))
+    done = fuse(model, "16bit", keep8=False, probe=lambda: model.model(input_ids=ids, **given()))
     assert done.why_not is not None
     assert done.layers == ()
 
@@ -205,7 +251,7 @@ def test_a_layer_that_8_bits_hurt_is_computed_in_16() -> None:
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(model.model.layers[1].self_attn, name).lora_A["default"].weight[:, 3] = 0
     ids = torch.randint(0, 160, (1, TOKENS), generator=torch.Generator().manual_seed(3))
-    done = fuse(model, "int8", keep8=True, recompute=False, probe=lambda: model.model(input_ids=ids, **given()))
+    done = fuse(model, "int8", keep8=True, probe=lambda: model.model(input_ids=ids, **given()))
     assert [layer.qkv.arithmetic for layer in done.layers] == ["int8", "16bit"]
 
 
