@@ -89,10 +89,10 @@ SHARDED = {
     "2 copies of 2 pieces": (4, {"shards": 2}),
     "2 copies of 2, kept whole": (4, {"shards": 2, "variant": "grad", "activations": "recompute"}),
     "in RAM": (2, {"variant": "offload"}),
-    "in RAM, on three": (3, {"variant": "offload", "activations": "recompute"}),
-    "in RAM, alone": (1, {"variant": "offload", "activations": "recompute", "strategy": "single"}),
     "inputs in RAM": (2, {"activations": "offload"}),
     "one layer computed again": (2, {"recomputed": 1}),
+    "in RAM, on three": (3, {"variant": "offload", "activations": "recompute"}),
+    "in RAM, alone": (1, {"variant": "offload", "activations": "recompute", "strategy": "single"}),
 }
 
 

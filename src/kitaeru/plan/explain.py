@@ -54,8 +54,7 @@ SPEED_FORMULAS: dict[str, str] = {
     "host": N_("operations x seconds an operation, as far as computing does not hide it; and a time for each step"),
     "bubble": N_("simulated pass by pass"),
     "offload": N_(
-        "bytes to and from RAM / the rate of copies, as far as computing does not hide it; with DeepSpeed also 28 "
-        "bytes x trained parameters in the host's memory"
+        "bytes to and from RAM / the rate of copies; a layer's input down and up; as far as computing does not hide it"
     ),
 }
 

@@ -194,8 +194,8 @@ def why_chosen(problem: Problem, chosen: Candidate, link: str = "", faster: Cand
         *_speed_sentences(chosen),
         *_arithmetic_sentences(layout),
         *_sharing_sentences(problem, chosen, link),
-        *_ram_sentences(problem, chosen),
         *([_why_offload(chosen)] if layout.activations == "offload" else []),
+        *_ram_sentences(problem, chosen),
     ]
     if faster is not None and faster.layout.method != layout.method and faster.layout.base == "nf4":
         sentences.append(
