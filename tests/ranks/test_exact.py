@@ -140,7 +140,8 @@ def test_moments_in_16_bits_are_the_same_on_one_rank_and_on_two(crew, hard, alon
     for answer in answers:
         assert answer["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert answer["norms"] == pytest.approx(one["norms"], rel=1e-5)
-        assert crew.far(answer["weights"], one["weights"]) <= 1e-5
+        # Sums in another order differ in their last bit, and a moment that this takes over an edge by a 256th.
+        assert crew.far(answer["weights"], one["weights"]) <= 5e-5
     exact = alone("qwen3", "full")
     assert one["losses"] != exact["losses"]
     assert one["losses"] == pytest.approx(exact["losses"], rel=1e-3)

@@ -293,7 +293,9 @@ def fuse_layers(trainee: Trainee) -> None:
 
 
 def checkpoint_activations(trainee: Trainee) -> None:
-    """Recompute activations where the plan says so, layer by layer; fused and streamed layers do so themselves."""
+    """Recompute activations where the plan says so, layer by layer; fused layers, and those that come from disk or
+    RAM, do so themselves.
+    """
     layout, model = trainee.plan.layout, trainee.causal_lm
     again = layout.again(model.config.num_hidden_layers)
     if trainee.fused or layout.variant == DISK or trains_from_ram(layout) or not again:

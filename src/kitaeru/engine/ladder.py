@@ -106,7 +106,7 @@ def lower(layout: Layout, *, longest: int, packing: bool, layers: int) -> Layout
     least = -(-longest // 8) * 8
     if packing and layout.micro_batch_tokens > least:
         return replace(layout, micro_batch_tokens=max(least, layout.micro_batch_tokens // 16 * 8))
-    by_layer, half = layout.strategy in BY_LAYER and layout.variant != DISK, -(-layers // 2)
+    by_layer, half = layout.strategy in BY_LAYER and layout.variant not in (DISK, "offload"), -(-layers // 2)
     if layout.activations.startswith("keep"):
         if by_layer and layout.recomputed < half < layers:
             return replace(layout, recomputed=half)

@@ -36,7 +36,7 @@ from kitaeru.plan.problem import Problem, free_bytes, global_tokens, needed_byte
 from kitaeru.plan.ranks import Items, phase_peaks, rank_items
 from kitaeru.plan.reasons import decide_layout, why_chosen, why_lost
 from kitaeru.plan.speed import Load, Pace, cuts_for, layer_on, pace, speed_of, step
-from kitaeru.plan.stored import trained_parameters
+from kitaeru.plan.stored import trained_parameters, trains_from_ram
 from kitaeru.plan.types import Base, Candidate, DataFacts, Layout, MethodKind, Plan, Speed
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
@@ -174,7 +174,7 @@ class Pricing:
         """Layouts that compute some layers again and keep the others, of micro-batches of at most so many tokens: the
         fewest layers that fit, from the largest micro-batch down as long as smaller ones are faster.
         """
-        if row[0].strategy not in BY_LAYER or row[0].variant == DISK:
+        if row[0].strategy not in BY_LAYER or row[0].variant == DISK or trains_from_ram(row[0]):
             return
         best = float("inf")
         for layout in reversed(row):

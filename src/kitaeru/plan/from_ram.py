@@ -88,7 +88,7 @@ def device_moments(layout: Layout, shape: ModelShape, setting: Setting) -> list[
         tables += 4 * shape.parameters() // layout.devices
     return [
         {**always, "gradients": held, "activations": kept, "head": head_bytes(layout, shape)},
-        {**always, "gradients": held, "activations": kept, "head": 2 * head, "workspace": norm},
+        {**always, "gradients": held, "activations": kept, "head": head, "workspace": norm},
         {
             **always,
             "gradients": held,
@@ -97,7 +97,14 @@ def device_moments(layout: Layout, shape: ModelShape, setting: Setting) -> list[
             "workspace": layer,
             "communication": sending,
         },
-        {**always, "gradients": tables + head, "activations": last, "communication": sending},
+        # The input table's gradient comes last, and is added where there is one already.
+        {
+            **always,
+            "gradients": tables,
+            "head": head if setting.accumulates else 0,
+            "activations": last,
+            "communication": sending,
+        },
         {**always, "gradients": tables},
     ]
 
