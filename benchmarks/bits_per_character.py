@@ -15,7 +15,6 @@ document's past, and only the tokens not yet scored count.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from kneser_ney import UNICODE_CHARACTERS, KneserNey
+from table import write
 
 Document = dict[str, Any]
 
@@ -146,11 +146,7 @@ def main() -> None:
         "versions": f"Python {platform.python_version()}, numpy {np.__version__}",
     }
     rows = table(documents, bits, facts)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(options.out, rows)
     for row in rows:
         size, rate = f"{row['characters']:>7} characters", f"{row['bits_per_character']} bits/character"
         print(f"{row['model']:>12}  {row['genre']:<6} {size}  {rate}")

@@ -9,7 +9,6 @@ in the PTX. Needs the `triton` package and no GPU. Shapes are those of a Llama-3
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from table import write
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
@@ -164,11 +164,7 @@ def main() -> None:
                 said = (name, eight, sm, registers, spilled, result.metadata.shared, " ".join(instructions), seconds)
                 found.append(dict(zip(FIELDS, said, strict=True)))
                 print(found[-1], flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(found)
+    write(arguments.out, found, FIELDS)
 
 
 if __name__ == "__main__":

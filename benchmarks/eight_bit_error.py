@@ -9,7 +9,6 @@ turned by Hadamard blocks before it is rounded (docs/notes/0019); "plain" is the
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from table import write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,11 +131,9 @@ def main() -> None:
             say("loss", kept, way, float(gaps.mean() / exact.mean()))
             say("loss stderr", kept, way, float(gaps.std() / len(gaps) ** 0.5 / exact.mean()))
             say("gradient cos", kept, way, float(torch.nn.functional.cosine_similarity(theirs, gradient, dim=0)))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("model", "what", "in_16_bits_or_site", "way", "value"))
-        writer.writerows((arguments.model.name, *row[:3], f"{row[3]:.6f}") for row in table)
+    fields = ("model", "what", "in_16_bits_or_site", "way", "value")
+    found = ((arguments.model.name, *row[:3], f"{row[3]:.6f}") for row in table)
+    write(arguments.out, [dict(zip(fields, row, strict=True)) for row in found])
 
 
 if __name__ == "__main__":

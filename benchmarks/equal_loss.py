@@ -11,13 +11,14 @@ each against the plain run of the same seed, and how far seeds lie apart.
 from __future__ import annotations
 
 import argparse
-import csv
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from table import write
 
 from kitaeru import events
 
@@ -126,11 +127,7 @@ def main() -> None:
     common = min((int(str(row["steps"])) for row in found if row), default=0)
     again = [row_of(*key, arguments.work / f"{key[0]}-{key[1]}", common) for key in every]
     rows = [row for row in again if row]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write(arguments.out, rows, FIELDS)
     for row in rows:
         print(row)
     print("\n".join(verdict(rows)))

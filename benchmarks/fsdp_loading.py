@@ -9,7 +9,6 @@ process had at the most beyond what it had before (/proc, RssAnon, looked at eve
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from table import write
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kitaeru.model import parts
@@ -104,9 +104,7 @@ def main() -> None:
                 values[number] = round(int(values[number]) / 1e6)
             rows.append([*values, torch.__version__, time.strftime("%Y-%m-%d")])
             print(*rows[-1], flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        csv.writer(file).writerows([FIELDS, *rows])
+    write(arguments.out, [dict(zip(FIELDS, row, strict=True)) for row in rows])
     shutil.rmtree(place)
 
 

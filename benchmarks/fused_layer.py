@@ -9,7 +9,6 @@ come from torch's profiler over one of these passes.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, get_peft_model
+from table import append
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -244,13 +244,7 @@ def main() -> None:
         for take_off in remove:
             take_off()
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        new = not arguments.out.exists()
-        with arguments.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(found[-1]))
-            if new:
-                writer.writeheader()
-            writer.writerows(found)
+        append(arguments.out, found, found[-1])
 
 
 if __name__ == "__main__":

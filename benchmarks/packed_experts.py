@@ -11,7 +11,6 @@ holds between the passes, peak what both passes take beside the weights (GPUs on
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from table import append
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -194,12 +194,7 @@ def main() -> None:
                      "expanding_ms": "", **numbers})  # fmt: skip
         print(rows[-1])
     if asked.out is not None:
-        new = not asked.out.exists()
-        with asked.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(asked.out, rows)
 
 
 if __name__ == "__main__":

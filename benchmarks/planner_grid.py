@@ -16,7 +16,6 @@ FILE.machine.json are what the predictions can be made again from (tests/unit/pl
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import itertools
 import json
@@ -33,10 +32,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from table import append, read
+
 from kitaeru.errors import KitaeruError
 from kitaeru.hardware import Hardware
 from kitaeru.plan.choose import make_plan
-from kitaeru.plan.memory import device_overhead_bytes
+from kitaeru.plan.problem import needed_bytes
 from kitaeru.plan.types import DataFacts, Plan
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape, catalogue
@@ -157,16 +158,19 @@ def _points() -> list[Point]:
 
 
 def _exhaustive() -> list[Point]:
-    """Every layout of one shape under one cap, and for each method what the planner takes when nothing is pinned."""
-    sizes = {"auto": (2048, 3072, 4096, 6144, 8192, 12288, 16384), "plain": (2048, 4096, 8192, 16384)}
+    """Layouts of one shape under one cap, and for each method what the planner takes when nothing is pinned."""
+    pinned = {
+        "auto": [("keep", 4096), ("keep", 8192), ("keep", 16384), ("keep8", 16384), ("half", 8192), ("half", 16384),
+                 ("recompute", 4096), ("recompute", 8192), ("recompute", 16384)],
+        "plain": [("keep", 8192), ("recompute", 8192)],
+    }  # fmt: skip
     methods = ("qlora", "lora")
     points = [Point("llama-3-8b", 16, method, "auto", 1024, 0, -16384, 24) for method in methods]
     return points + [
         Point("llama-3-8b", 16, method, activations, 1024, tokens, -16384, 24, arithmetic=arithmetic)
-        for arithmetic in sizes
         for method in methods
-        for activations in ("keep", "recompute")
-        for tokens in sizes[arithmetic]
+        for arithmetic in pinned
+        for activations, tokens in pinned[arithmetic]
     ]
 
 
@@ -196,8 +200,10 @@ def wish_of(point: Point, folder: str, *, small: bool = False) -> tuple[Recipe, 
     if tokens:
         limits["micro_batch_tokens"] = tokens
     if point.activations != "auto":
-        limits["checkpointing"] = point.activations == "recompute"
-    if point.cap_gib and not tokens and not small:  # what is pinned is tried whether the planner thinks it fits or not
+        limits["checkpointing"] = point.activations in ("half", "recompute")
+        limits["recomputed_layers"] = point.layers // 2 if point.activations == "half" else None
+    # What is pinned is tried whether the planner thinks it fits or not; 8 bits are what it takes to fit.
+    if point.cap_gib and (not tokens or point.activations == "keep8") and not small:
         limits["memory_gb"] = point.cap_gib * GIB / 1e9
     wish = Recipe.model_validate(
         {
@@ -241,7 +247,7 @@ def predicted(plan: Plan) -> dict[str, Any]:
     return {
         "layout": plan.layout.name,
         "predicted_bytes": peak,
-        "predicted_process_bytes": peak + device_overhead_bytes(plan.layout),
+        "predicted_process_bytes": needed_bytes(plan.layout, peak),
         "predicted_seconds": round(speed.step_seconds, 5),
         "predicted_low": round(tokens / speed.high, 5),
         "predicted_high": round(tokens / speed.low, 5),
@@ -346,50 +352,21 @@ def _corpus(plan: Plan, vocabulary: int) -> Any:
 
 
 def _make_model(section: Any, layout: Any, seed: int, *_: Any) -> Any:
-    """As `model.load.load_model` would give it: dtype, packing of the base, attention, device. One weight after the
-    other is drawn and packed, so that no model need fit whole.
-    """
+    """As `model.load.load_model` would give it: dtype, packing of the base, attention, device."""
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from random_model import on_device
 
-    from kitaeru.model import experts, load
+    from kitaeru.model import load
 
     config = load.load_config(section)
     dtype = torch.float32 if layout.method in ("full", "pretrain") else load.DTYPES[layout.precision]
     torch.manual_seed(seed)
-    device = torch.device(layout.device)
     capped = layout.device == "cuda"
     if capped:  # the cap is for training: a real model is packed on its way to the device
         torch.cuda.set_per_process_memory_fraction(1.0)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=load.attention_for(section, config)
-        )
-    if layout.base != "none":
-        experts.make_room(model, layout.base)
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if layout.base != "none" and type(module) is torch.nn.Linear and module is not head:
-                setattr(parent, name, _packed(module, layout, device, dtype))
-    for module in model.modules():
-        if isinstance(module, experts.PackedExperts):
-            for name, shape in module.shapes.items():
-                experts.fill(module, name, _drawn(shape, device, dtype))
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                drawn = _drawn(parameter.shape, device, dtype)
-                setattr(module, name, torch.nn.Parameter(drawn, parameter.requires_grad))
-    model.tie_weights()
-    model.to(device)
-    if layout.base == "nf4":
-        model.is_loaded_in_4bit = True
-        if layout.device == "cpu":
-            load.keep_trainable_packing(model)
-    elif layout.base == "int8":
-        model.is_loaded_in_8bit = True
+    compute, attention = load.DTYPES[layout.precision], load.attention_for(section, config)
+    how: Any = {"base": layout.base, "compute": compute, "attention": attention, "experts": True}
+    model = on_device(config, torch.device(layout.device), dtype=dtype, **how)
     if capped and CAP:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP[0] / torch.cuda.get_device_properties(0).total_memory))
@@ -398,33 +375,6 @@ def _make_model(section: Any, layout: Any, seed: int, *_: Any) -> Any:
 
 # Bytes that the point at work may take.
 CAP: list[float] = []
-
-
-def _drawn(shape: Any, device: Any, dtype: Any) -> Any:
-    import torch
-
-    if len(shape) < 2:
-        return torch.ones(shape, device=device, dtype=dtype)
-    return torch.empty(tuple(shape), device=device, dtype=dtype).normal_(0, 0.02)
-
-
-def _packed(linear: Any, layout: Any, device: Any, dtype: Any) -> Any:
-    """A linear layer inside the blocks in 4 or 8 bits, as bitsandbytes packs a model that is loaded."""
-    import bitsandbytes as bnb
-
-    from kitaeru.model.load import DTYPES
-
-    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-    weight = _drawn(linear.weight.shape, device, dtype)
-    if layout.base == "nf4":
-        how: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
-        packed = bnb.nn.Linear4bit(*sizes, compute_dtype=DTYPES[layout.precision], device="meta", **how)
-        packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=packed, **how).to(device)
-    else:
-        packed = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
-        packed.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(device)
-    packed.bias = linear.bias
-    return packed
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -452,7 +402,7 @@ def work(points: list[Point], out: Path, hardware: Hardware, arguments: argparse
                 torch.cuda.empty_cache()
                 torch.cuda.set_per_process_memory_fraction(1.0)
             row |= {"device": hardware.devices[0].name if hardware.devices else "cpu", "torch": torch.__version__}
-            append(out, row | {"date": time.strftime("%Y-%m-%d")})
+            append(out, [row | {"date": time.strftime("%Y-%m-%d")}], FIELDS)
             print(f"{point.name}: {told(row)} ({time.time() - started:.1f} s)", flush=True)
             if time.time() > arguments.until:
                 return
@@ -466,24 +416,6 @@ def suppress_to(row: dict[str, Any]) -> Iterator[None]:
     except Exception as error:
         text = str(error) if isinstance(error, KitaeruError) else f"{type(error).__name__}: {error}"
         row["error"] = " ".join(text.split())[:300]
-
-
-def append(out: Path, row: dict[str, Any]) -> None:
-    """One more row of the file."""
-    new = not out.exists()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def rows_of(out: Path) -> list[dict[str, str]]:
-    """The rows that are there."""
-    if not out.exists():
-        return []
-    with out.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def point_of(row: dict[str, str]) -> Point:
@@ -553,7 +485,7 @@ def main() -> None:
     os.environ["KITAERU_DATA"] = str(arguments.out.parent / f".{arguments.out.stem}")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     hardware = _machine(arguments)
-    done = {point_of(row) for row in rows_of(arguments.out)}
+    done = {point_of(row) for row in read(arguments.out)}
     points = [p for p in (_exhaustive() if arguments.exhaustive else _points()) if arguments.only in p.name]
     missing = [point for point in points if point not in done]
     if worker:
@@ -562,14 +494,15 @@ def main() -> None:
     while missing and time.time() < arguments.until:
         command = [sys.executable, *sys.argv, "--until", str(arguments.until)]
         ended = subprocess.run(command, check=False).returncode
-        left = [p for p in missing if p not in {point_of(row) for row in rows_of(arguments.out)}]
+        left = [p for p in missing if p not in {point_of(row) for row in read(arguments.out)}]
         if ended and left:  # the process died: this point is to blame
-            append(arguments.out, asdict(left[0]) | {"error": f"the process ended with code {ended}"})
+            died = asdict(left[0]) | {"error": f"the process ended with code {ended}"}
+            append(arguments.out, [died], FIELDS)
             left = left[1:]
         elif len(left) == len(missing):
             break
         missing = left
-    rows = rows_of(arguments.out)
+    rows = read(arguments.out)
     print(summary(rows))
     if arguments.exhaustive:
         print(choices(rows))

@@ -12,7 +12,6 @@ events.jsonl and plan.json: the median tokens/s after the warm-up steps, the mea
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import statistics
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from table import write
 
 import kitaeru
 from kitaeru import __version__, events
@@ -133,11 +133,7 @@ def main() -> None:
             print(f"{point}: {error}", file=sys.stderr)
             continue
         print(json.dumps(rows[-1]), flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write(arguments.out, rows, FIELDS)
 
 
 if __name__ == "__main__":

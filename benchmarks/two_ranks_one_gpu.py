@@ -13,7 +13,6 @@ beside the planned one. What does not fit the budget is recorded as not run.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from table import write
 
 import kitaeru
 from kitaeru import events
@@ -78,7 +78,7 @@ POINTS = {
     "pipeline-4-qlora": Point("pipeline", "qlora", 4, "single-qlora", 4),
 }
 FIELDS = (
-    "point", "outcome", "device", "kitaeru", "torch", "transformers", "layout", "cuts", "steps", "first_loss",
+    "point", "layers", "outcome", "device", "kitaeru", "torch", "transformers", "layout", "cuts", "steps", "first_loss",
     "last_loss", "loss_difference", "norm_difference", "valid_difference", "same_answers", "peak_gib", "planned_gib",
     "tokens_per_second", "seconds", "date",
 )  # fmt: skip
@@ -141,10 +141,11 @@ def far(ours: list[float], theirs: list[float]) -> float | str:
     return float(f"{max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)):.3g}")
 
 
-def row_of(name: str, run: Path, like: Path | None, outcome: str, seconds: float) -> dict[str, object]:
+def row_of(name: str, model: Path, run: Path, like: Path | None, outcome: str, seconds: float) -> dict[str, object]:
     """What the run's own files say, beside those of the run it must be equal to."""
     row: dict[str, object] = {
         "point": name,
+        "layers": json.loads((model / "config.json").read_text())["num_hidden_layers"],
         "outcome": outcome,
         "kitaeru": kitaeru.__version__,
         "torch": torch.__version__,
@@ -208,13 +209,11 @@ def main() -> None:
         if left > 5:
             words = command(name, arguments, model, run)
             outcome = run_point(words, arguments.work / f"{name}.log", min(left, arguments.point_seconds))
-        rows.append(row_of(name, run, arguments.work / like if like else None, outcome, time.monotonic() - begun))
+        rows.append(
+            row_of(name, model, run, arguments.work / like if like else None, outcome, time.monotonic() - begun)
+        )
         print(json.dumps(rows[-1]), flush=True)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write(arguments.out, rows, FIELDS)
 
 
 if __name__ == "__main__":

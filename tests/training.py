@@ -98,6 +98,7 @@ class Training:
         replicas: int = 1,
         arithmetic: str = "plain",
         shards: int = 0,
+        recomputed: int = 0,
         world: World | None = None,
         recipe: Recipe | None = None,
         **changes: Any,
@@ -119,6 +120,7 @@ class Training:
             cuts,
             arithmetic=arithmetic,  # type: ignore[arg-type]
             shards=shards,
+            recomputed=recomputed,
         )
         self.plan = Plan(self.recipe, Candidate(layout, {}, 0, True))
         self.tokenizer = load_tokenizer(self.recipe.model)

@@ -1,7 +1,7 @@
 """Starts kitaeru's command line many times without importing torch each time: a process that forks on request.
 
-Reads one JSON object a line. `{"argv": [...], "cwd": "...", "output": "..."}` forks a child that runs `kitaeru ARGV` and
-answers with its pid. More may be said of it: `file_bytes`, the largest file it may write; `host`, the network namespace
+Reads one JSON object a line. `{"argv": [...], "cwd": "...", "output": "..."}` forks a child that runs `kitaeru ARGV`;
+the answer is its pid. Also: `file_bytes`, the largest file it may write; `host`, the network namespace
 it runs in, whose name is then the host's too; `fresh`, whether it starts workers as where there is a GPU.
 `{"wait": pid}` answers with its exit code, or minus the signal that ended it.
 """

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kitaeru.errors import PlanError
 from kitaeru.hardware import known_gpus, parse_gpus
+from kitaeru.plan import fused
 from kitaeru.plan.choose import make_plan
 from kitaeru.plan.memory import memory_items
 from kitaeru.plan.problem import free_bytes, needed_bytes, state
@@ -65,6 +66,21 @@ def test_recomputing_never_keeps_more(shape: ModelShape, layout: Layout, setting
     kept = memory_items(keep, shape, setting)
     recomputed = memory_items(again, shape, setting)
     assert sum(recomputed.values()) <= sum(kept.values())
+    away = memory_items(replace(layout, activations="offload"), shape, setting)
+    assert sum(away.values()) <= sum(recomputed.values())
+
+
+@given(st.sampled_from(SHAPES), layouts, settings_, st.integers(1, 200), st.sampled_from(["plain", "16bit"]))
+def test_each_layer_that_is_computed_again_spares_something(
+    shape: ModelShape, layout: Layout, setting: Setting, count: int, arithmetic: str
+) -> None:
+    if fused.why_not(shape, setting.lora):
+        arithmetic = "plain"
+    keep = replace(layout, activations="keep", arithmetic=arithmetic)  # type: ignore[arg-type]
+    count %= shape.layers
+    some = (replace(keep, recomputed=n) for n in range(count, -1, -1))
+    peaks = [sum(memory_items(one, shape, setting).values()) for one in some]
+    assert peaks == sorted(peaks)
 
 
 @given(st.sampled_from(SHAPES), layouts, settings_)

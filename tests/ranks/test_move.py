@@ -188,6 +188,33 @@ def test_one_run_in_pieces_and_whole(crew, family, chat_data, whole, tmp_path, m
     crew.moved(parts, whole(method), tmp_path, model=family("llama"), data=chat_data, method=method)
 
 
+@pytest.mark.parametrize(
+    "parts", [[("single", 1), ("single", 1), ("single", 1)], [("single", 1), ("fsdp", 2), ("fsdp", 3)]]
+)
+def test_moments_in_16_bits_go_on(crew, family, chat_data, tmp_path, parts):
+    """From RAM on one rank, on two and on three; on as many as before to the last bit."""
+    options = {"model": family("qwen3"), "data": chat_data, "method": "full", "activations": "recompute"}
+    options |= {"variant": "offload", "train__optimizer": "adamw_16bit"}
+    [wanted] = crew.run(tmp_path / "w", 1, crew.train, folder=tmp_path / "whole", write=True, **options, **crew.RUN)
+    crew.moved([(*part, {}) for part in parts], wanted, tmp_path / "m", **options)
+    if parts[-1] == ("single", 1):
+        result = tmp_path / "m" / "run" / "model"
+        assert all(torch.equal(w, crew.written(wanted["result"])[n]) for n, w in crew.written(result).items())
+
+
+def test_moments_in_16_bits_go_on_in_32_and_back(crew, family, chat_data, whole, tmp_path):
+    """Onto more GPUs, whose memory holds 32 bits, and back; what is left of rounding is no other training."""
+    wanted = whole("full")
+    ram = {"variant": "offload", "activations": "recompute", "train__optimizer": "adamw_16bit"}
+    options = {"model": family("llama"), "data": chat_data, "method": "full", "folder": tmp_path / "run"}
+    losses = []
+    for part, (strategy, ranks, how) in enumerate([("fsdp", 2, ram), ("ddp", 2, {}), ("single", 1, ram)]):
+        more = {"strategy": strategy, "resume": part > 0, "stop_at": 3 * (part + 1)}
+        answers = crew.run(tmp_path / str(part), ranks, crew.train, **more, **options, **how, **crew.RUN)
+        losses += answers[0]["losses"]
+    assert losses == pytest.approx(wanted["losses"], rel=2e-3)
+
+
 @pytest.mark.parametrize("then", ["done", "killed", "full"])
 def test_pieces_are_written_while_training_goes_on(crew, family, chat_data, whole, tmp_path, then):
     """Each rank its own, nothing put together; a kill or a full disk meanwhile leaves the checkpoint before it good."""

@@ -57,7 +57,7 @@ class TrainingConfig:
         bf16: bfloat16 arithmetic. With neither, the planner takes bf16 where the GPU has it.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them; None: where
             that is needed to fit.
-        optim: `adamw`, `adamw_8bit`, `paged_adamw_8bit`, `lion` or `adafactor`.
+        optim: `adamw`, `adamw_16bit`, `adamw_8bit`, `paged_adamw_8bit`, `lion` or `adafactor`.
         seed: of data order, initial adapter weights and dropout.
         recipe: anything else of a recipe by its path, as `{"train.neftune_alpha": 5.0}`, or as the command line has
             it: `["train.neftune_alpha=5"]`. It comes last and wins. All fields: `kitaeru recipe explain`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -67,6 +67,28 @@ class Corpus:
         """What the planner must know."""
         longest = int(self.lengths.max()) if len(self) else 0
         return DataFacts(examples=len(self), tokens=len(self.tokens), longest=longest)
+
+    def ends(self, most: int, count: int) -> Corpus:
+        """Of `count` examples, evenly spread, at most so many tokens: those up to the last one that is trained."""
+        count = min(count, len(self))
+        chosen = np.arange(count, dtype=np.int64) * len(self) // max(count, 1)
+        spans = []
+        for index in chosen.tolist():
+            start, end = self.offsets[index : index + 2].tolist()
+            last = start + int(np.flatnonzero(self.trained[start:end])[-1]) + 1
+            spans.append(slice(max(start, last - most), last))
+        trained = [self.trained[span].copy() for span in spans]
+        for part in trained:
+            part[0] = False
+        return replace(
+            self,
+            tokens=np.concatenate([self.tokens[span] for span in spans]),
+            trained=np.concatenate(trained),
+            offsets=np.cumsum([0, *(len(part) for part in trained)]),
+            file_index=self.file_index[chosen],
+            rows=self.rows[chosen],
+            sources=self.sources[chosen],
+        )
 
     def origin(self, index: int) -> Origin:
         """Where example `index` came from."""

@@ -24,21 +24,26 @@ from kitaeru.errors import TrainingError
 from kitaeru.events import Listener, Notice
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import N_, tr
+from kitaeru.machine.probe import host_memory
 from kitaeru.model import attention
 from kitaeru.model import fused as fusing
 from kitaeru.model.adapt import add_adapter
 from kitaeru.model.head import LossSum, distance, forward_arguments, recognise_head
-from kitaeru.model.layers import Draws
+from kitaeru.model.layers import Draws, checkpoint_by_layer
 from kitaeru.model.load import DTYPES, load_config, load_model
+from kitaeru.model.offload import Host
 from kitaeru.model.parts import Parts, outline
 from kitaeru.model.stages import share_of, stage_devices
 from kitaeru.model.stream import load_streamed
-from kitaeru.parallel import STRATEGIES
+from kitaeru.parallel import strategy_of
 from kitaeru.parallel.start import hash_frozen
 from kitaeru.parallel.types import Engine, Held, Named, Strategy, Unit
 from kitaeru.parallel.world import World
 from kitaeru.plan.deepspeed import deepspeed_config
+from kitaeru.plan.host import HOST_ITEMS
 from kitaeru.plan.layouts import DISK, ZERO
+from kitaeru.plan.memory import CPU_PROCESS_BYTES, GPU_PROCESS_HOST_BYTES
+from kitaeru.plan.stored import trains_from_ram
 from kitaeru.plan.types import Plan
 
 T = TypeVar("T")
@@ -70,7 +75,7 @@ class Trainee:
     stored_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        self.strategy = STRATEGIES[self.plan.layout.strategy]
+        self.strategy = strategy_of(self.plan.layout)
 
     @property
     def loss_sum(self) -> LossSum:
@@ -131,13 +136,14 @@ def load(trainee: Trainee) -> None:
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0), trainee.device)
     trainee.stored_dtype = load_config(recipe.model).dtype
     layout = trainee.plan.layout
+    _check_ram(trainee)
     if layout.variant == DISK:
         assert recipe.limits.offload_folder is not None
         folder = Path(recipe.limits.offload_folder)
         trainee.causal_lm = load_streamed(
             recipe.model, base=layout.base, precision=layout.precision, device=trainee.device, folder=folder
         )
-    elif layout.strategy in ("fsdp", "tensor"):
+    elif layout.strategy in ("fsdp", "tensor") or trains_from_ram(layout):
         trainee.causal_lm, trainee.parts = outline(recipe.model, layout, recipe.lora, recipe.train.seed)
     else:
         part, devices = share_of(layout, trainee.world.rank), stage_devices(layout)
@@ -152,6 +158,35 @@ def load(trainee: Trainee) -> None:
                 rows=vocabulary,
             ),
             remedy=tr("Use the model's own tokenizer (leave `model.tokenizer` out)."),
+        )
+
+
+def _check_ram(trainee: Trainee) -> None:
+    """Where training leans on RAM, look whether what was planned is still free: with too little a system ends processes
+    without a word.
+
+    Raises:
+        TrainingError: it is not.
+    """
+    chosen, world = trainee.plan.chosen, trainee.world
+    if not trains_from_ram(chosen.layout) or not chosen.host:
+        return
+    hosts = len(set(world.each_of(world.host)))
+    own = CPU_PROCESS_BYTES if chosen.layout.device == "cpu" else GPU_PROCESS_HOST_BYTES  # which are taken already
+    need, free = (chosen.host_bytes - own * chosen.layout.processes) // hosts, host_memory()[1]
+    if world.any(need > free):
+        items = ", ".join(f"{tr(HOST_ITEMS[name])} {size / 1e9:.0f} GB" for name, size in chosen.host.items())
+        raise TrainingError(
+            tr(
+                "Too little RAM is free: {need:.0f} GB are needed, {free:.0f} GB are there.",
+                need=need / 1e9,
+                free=free / 1e9,
+            ),
+            where=items,
+            remedy=tr(
+                "End what else runs on this machine and start again; or --set train.optimizer=adamw_16bit, a smaller "
+                "model, or --set method=lora."
+            ),
         )
 
 
@@ -209,6 +244,8 @@ def share_out(trainee: Trainee) -> None:
         Unit(trainee.model, trainee.parts, _engine(trainee)), trainee.named, trainee.world, trainee.plan.layout
     )
     trainee.named = trainee.held.named
+    for text in trainee.held.notices:
+        trainee.say(text, "warning")
     trainee.frozen_hash = hash_frozen(trainee.model)
 
 
@@ -242,7 +279,8 @@ def fuse_layers(trainee: Trainee) -> None:
             model,
             layout.arithmetic,
             keep8=layout.activations == "keep8",
-            recompute=layout.activations == "recompute",
+            recompute=layout.again(model.config.num_hidden_layers),
+            host=Host(trainee.device) if layout.activations == "offload" else None,
             probe=lambda: getattr(model, model.base_model_prefix)(**forward_arguments(batch)),
         )
     trainee.fused = done.layers
@@ -255,11 +293,17 @@ def fuse_layers(trainee: Trainee) -> None:
 
 
 def checkpoint_activations(trainee: Trainee) -> None:
-    """Recompute activations where the plan says so; a fused layer does so itself."""
-    if trainee.fused:
+    """Recompute activations where the plan says so, layer by layer; fused and streamed layers do so themselves."""
+    layout, model = trainee.plan.layout, trainee.causal_lm
+    again = layout.again(model.config.num_hidden_layers)
+    if trainee.fused or layout.variant == DISK or trains_from_ram(layout) or not again:
         return
-    if trainee.plan.layout.activations == "recompute" and trainee.plan.layout.variant != DISK:  # which does so itself
-        trainee.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not layout.recomputed and layout.activations != "offload":
+        return
+    host = Host(trainee.device) if layout.activations == "offload" else None
+    if not checkpoint_by_layer(model, again, host):
+        trainee.say(tr("This model's layers are computed again all or none: all are, from inputs on the device."))
 
 
 def attach_neftune(trainee: Trainee) -> None:
@@ -311,6 +355,7 @@ def _optimizer(trainee: Trainee, named: Named) -> torch.optim.Optimizer:
         learning_rate=recipe.train.learning_rate,
         lora_plus_ratio=recipe.lora.plus_ratio if layout.method in ("lora", "qlora") else None,
         device_type=named[0][1].device.type if named else layout.device,
+        first_rows={name: rows.first for name, rows in trainee.held.rows.items()} if trains_from_ram(layout) else {},
     )
 
 

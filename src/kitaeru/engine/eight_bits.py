@@ -71,11 +71,12 @@ def settle_eight_bits(loop: Loop) -> None:
 
 
 def _examples(loop: Loop) -> MicroBatches:
-    """About `TOKENS` tokens of the training examples, evenly spread."""
+    """About `TOKENS` tokens of the training examples, evenly spread; of a longer one what ends where training does."""
     layout, train = loop.trainee.plan.layout, loop.train
+    count = max(1, round(TOKENS * len(train) / max(1, int(train.lengths.clip(max=TOKENS).sum()))))
     return eval_batches(
-        train,
+        train.ends(TOKENS, count) if train.facts.longest > TOKENS else train,
         micro_batch_tokens=layout.micro_batch_tokens,
         packing=loop.trainee.plan.recipe.data.packing,
-        max_examples=max(1, round(TOKENS * len(train) / max(1, int(train.lengths.sum())))),
+        max_examples=count,
     )

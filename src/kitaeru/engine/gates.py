@@ -57,7 +57,9 @@ def gradient_gate(
 
 def _lives(name: str, weights: dict[str, nn.Parameter]) -> bool:
     gradient = weights[name].grad
-    return (gradient is not None and bool(gradient.any())) or _waits_for_b(name, weights)
+    if gradient is not None and (bool(gradient.reshape(-1)[:4096].any()) or bool(gradient.any())):
+        return True
+    return _waits_for_b(name, weights)
 
 
 def _waits_for_b(name: str, weights: dict[str, nn.Parameter]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -182,9 +182,7 @@ class Kept:
         tensors, meta = checkpoint.load(path) if self.world.main else ({}, {})
         meta = self.world.said(meta)
         checkpoint.compare(meta["fingerprints"], self.fingerprints)
-        pieces = self._pieces(tensors)
-        self._put_weights(pieces)
-        moments = {k.removeprefix("optimizer/"): v for k, v in pieces.items() if k.startswith("optimizer/")}
+        moments = self._put_weights(tensors)
         scalars = meta["optimizer"]
         mine = {name: value for name, value in scalars["values"].items() if not self._elsewhere(name)}
         load_optimizer_state(self.trainee.optimizer, self.trainee.named, moments, {**scalars, "values": mine})
@@ -206,29 +204,34 @@ class Kept:
         path = self.world.said(found[0] if found else None)
         if path is None:
             return self.progress.step
-        self._put_weights(self._pieces(checkpoint.load(path)[0] if self.world.main else {}))
+        self._put_weights(checkpoint.load(path)[0] if self.world.main else {}, moments=False)
         return best
 
-    def _pieces(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This rank's pieces of a checkpoint that the main process has read."""
+    def _pieces(self, tensors: Mapping[str, torch.Tensor], *, moments: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's pieces of a checkpoint that the main process has read, one at a time."""
         trainee = self.trainee
-        return {
-            key: trainee.strategy.scatter(trainee.held, _parameter(key), tensor)
-            for key, tensor in self.world.each(tensors)
-            if not self._elsewhere(_parameter(key))
-        }
+        for key, tensor in self.world.each(tensors):
+            name = _parameter(key)
+            if not self._elsewhere(name) and (moments or key.startswith("model/")):
+                yield key, trainee.strategy.scatter(trainee.held, name, tensor)
 
     def _elsewhere(self, name: str) -> bool:
         """Whether a parameter is trained on other ranks only."""
         return name in self._all and name not in self._mine
 
-    def _put_weights(self, tensors: dict[str, torch.Tensor]) -> None:
-        missing = [name for name, _ in self.trainee.named if f"model/{name}" not in tensors]
-        if missing:
-            raise CheckpointError(tr("The checkpoint has no weights for {name}.", name=missing[0]))
+    def _put_weights(self, tensors: Mapping[str, torch.Tensor], *, moments: bool = True) -> dict[str, torch.Tensor]:
+        """Take a checkpoint's weights over, one at a time; the optimizer's tensors by "PARAMETER/KEY"."""
+        weights, found = dict(self.trainee.named), {}
         with torch.no_grad():
-            for name, parameter in self.trainee.named:
-                parameter.copy_(tensors[f"model/{name}"])
+            for key, piece in self._pieces(tensors, moments=moments):
+                kind, _, name = key.partition("/")
+                if kind == "optimizer":
+                    found[name] = piece
+                elif name in weights:
+                    weights.pop(name).copy_(piece)
+        if weights:
+            raise CheckpointError(tr("The checkpoint has no weights for {name}.", name=next(iter(weights))))
+        return found
 
 
 def _parameter(key: str) -> str:

@@ -1,8 +1,8 @@
 """When memory runs out after all: one rung down, with the same global batch and the same mathematics.
 
-Rungs: micro-batches of half the tokens, more of them to a step, down to the longest example; then activations computed
-again; then in RAM, where the engine can do that. The loss is a sum over the tokens of the global batch whatever it is
-cut into, so a run that stepped down computes what it would have computed.
+Rungs: micro-batches of half the tokens, more of them to a step, down to the longest example; then activations of half
+the layers computed again, then of all; then what goes into the layers in RAM. The loss is a sum over the tokens of the
+global batch whatever it is cut into, so a run that stepped down computes what it would have computed.
 
 Ranks that do not meet inside a pass agree after it and do the step again. Where they do meet, a rank that fails leaves
 the others waiting: the run is started again from its last checkpoint, on the lower rung.
@@ -26,11 +26,10 @@ from kitaeru.events import SteppedDown
 from kitaeru.files import write_json
 from kitaeru.i18n import tr
 from kitaeru.parallel import APART
-from kitaeru.plan.layouts import is_built
-from kitaeru.plan.types import Activations, Layout, Plan
+from kitaeru.plan.layouts import BY_LAYER, DISK
+from kitaeru.plan.types import Activations, Layout, Plan, policy_name
 
 RUNG = "rung.json"
-_NEXT: dict[Activations, Activations] = {"keep": "recompute", "recompute": "offload"}
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,23 @@ class Rung:
     micro_batch_tokens: int
     activations: Activations
     step: int
+    recomputed: int = 0
 
     def layout(self, planned: Layout) -> Layout:
         """The planned layout on this rung."""
-        return replace(planned, micro_batch_tokens=self.micro_batch_tokens, activations=self.activations)
+        return replace(
+            planned,
+            micro_batch_tokens=self.micro_batch_tokens,
+            activations=self.activations,
+            recomputed=self.recomputed,
+        )
 
     def event(self) -> SteppedDown:
         """The event that says so."""
         return SteppedDown(
             step=self.step,
             micro_batch_tokens=self.micro_batch_tokens,
-            activations=self.activations,
+            activations=policy_name(self.activations, self.recomputed),
             planned_micro_batch_tokens=self.planned_tokens,
             planned_activations=self.planned_activations,
         )
@@ -87,21 +92,28 @@ def forget(folder: Path) -> None:
     (folder / RUNG).unlink(missing_ok=True)
 
 
-def lower(layout: Layout, *, longest: int, packing: bool) -> Layout | None:
-    """The layout one rung down; None where there is none. `longest`: tokens that a micro-batch must hold.
+def lower(layout: Layout, *, longest: int, packing: bool, layers: int) -> Layout | None:
+    """The layout one rung down; None where there is none. `longest`: tokens that a micro-batch must hold; `layers` of
+    the model.
 
     >>> layout = Layout("single", "lora", "none", "bf16", "keep", 4096, "cuda")
-    >>> [rung.name for rung in (lower(layout, longest=n, packing=True) for n in (100, 3000, 4090)) if rung]
-    ['single/lora/keep/2048', 'single/lora/keep/3000', 'single/lora/recompute/4096']
+    >>> [rung.name for rung in (lower(layout, longest=n, packing=True, layers=9) for n in (100, 3000, 4090)) if rung]
+    ['single/lora/keep/2048', 'single/lora/keep/3000', 'single/lora/keep-recompute5/4096']
+    >>> again = replace(layout, activations="recompute")
+    >>> [lower(one, longest=4090, packing=True, layers=9) is None for one in (again, replace(again, variant="offload"))]
+    [False, True]
     """
     least = -(-longest // 8) * 8
     if packing and layout.micro_batch_tokens > least:
         return replace(layout, micro_batch_tokens=max(least, layout.micro_batch_tokens // 16 * 8))
-    kept = layout.activations
-    while (after := _NEXT.get(kept, "recompute" if kept.startswith("keep") else None)) is not None:
-        found, kept = replace(layout, activations=after), after
-        if is_built(found):
-            return found
+    by_layer, half = layout.strategy in BY_LAYER and layout.variant != DISK, -(-layers // 2)
+    if layout.activations.startswith("keep"):
+        if by_layer and layout.recomputed < half < layers:
+            return replace(layout, recomputed=half)
+        return replace(layout, activations="recompute", recomputed=0)
+    from_ram = layout.variant.startswith("offload")  # whose weights have the link already
+    if layout.activations == "recompute" and by_layer and layout.device == "cuda" and not from_ram:
+        return replace(layout, activations="offload")
     return None
 
 
@@ -114,7 +126,7 @@ class Ladder:
         self.trainee, self.folder, self.longest, self.save = trainee, folder, longest, save
         layout = trainee.plan.layout
         tokens, kept = layout.micro_batch_tokens, layout.activations
-        self.rung = Rung(layout.name, tokens, kept, tokens, kept, 0)
+        self.rung = Rung(layout.name, tokens, layout.policy, tokens, kept, 0, layout.recomputed)
         earlier = _read(folder)  # the plan of a resumed run is on its rung already
         if earlier is not None and earlier.layout(layout) == layout:
             self.rung = earlier
@@ -141,7 +153,7 @@ class Ladder:
         """
         before, now = self.trainee.plan.layout, self._choose(step)
         self._free()
-        if now.activations != before.activations:
+        if now.policy != before.policy:
             if step:
                 self.save()
             raise self._left(now, step)
@@ -151,7 +163,8 @@ class Ladder:
 
     def _choose(self, step: int) -> Layout:
         layout, packing = self.trainee.plan.layout, self.trainee.plan.recipe.data.packing
-        found = lower(layout, longest=self.longest, packing=packing)
+        layers = self.trainee.causal_lm.config.num_hidden_layers
+        found = lower(layout, longest=self.longest, packing=packing, layers=layers)
         if found is None:
             raise TrainingError(
                 tr("Memory ran out, and there is no smaller way to train this: {layout}.", layout=layout.name),
@@ -172,8 +185,13 @@ class Ladder:
         )
 
     def _at(self, now: Layout, step: int, *, write: bool) -> None:
-        kept = {"micro_batch_tokens": now.micro_batch_tokens, "activations": now.activations, "step": step}
-        self.rung = replace(self.rung, **kept)  # type: ignore[arg-type]
+        self.rung = replace(
+            self.rung,
+            micro_batch_tokens=now.micro_batch_tokens,
+            activations=now.activations,
+            recomputed=now.recomputed,
+            step=step,
+        )
         if write:
             write_json(self.folder / RUNG, asdict(self.rung))
 

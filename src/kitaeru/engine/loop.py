@@ -15,6 +15,7 @@ import torch
 from kitaeru.data.batches import MicroBatches, eval_batches, micro_batches
 from kitaeru.data.corpus import Corpus
 from kitaeru.data.types import MicroBatch
+from kitaeru.engine.adamw16 import AdamW16
 from kitaeru.engine.build import Trainee
 from kitaeru.engine.gates import gradient_gate
 from kitaeru.engine.keep import Kept
@@ -210,7 +211,10 @@ class Loop(Kept):
         trainee.scaler.unscale_(trainee.optimizer)
         limit = section.max_grad_norm or math.inf
         whole_norm = trainee.strategy.norm(trainee.held)
-        torch.nn.utils.clip_grads_with_norm_([p for _, p in trainee.named], limit, whole_norm)
+        if isinstance(trainee.optimizer, AdamW16):
+            trainee.optimizer.clip(limit, float(whole_norm))
+        else:
+            torch.nn.utils.clip_grads_with_norm_([p for _, p in trainee.named], limit, whole_norm)
         norm = float(whole_norm)
         verdict = self.watch.verdict(loss)
         # An overflow is fp16's daily bread while the scaler can still scale down; below 1 it is no overflow.

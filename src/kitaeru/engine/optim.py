@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kitaeru.engine.adamw16 import AdamW16
 from kitaeru.errors import CheckpointError, MissingLibraryError, TrainingError
 from kitaeru.i18n import tr
 from kitaeru.recipe.types import TrainSection
@@ -26,11 +27,12 @@ def build_optimizer(
     learning_rate: float,
     lora_plus_ratio: float | None,
     device_type: str,
+    first_rows: Mapping[str, int] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer `section` asks for over `named_parameters`, at its peak learning rate.
 
     Every group carries `name` and `initial_lr` (its peak); `set_rate` scales them. `device_type` is where the
-    parameters are ("cpu", "cuda").
+    parameters are ("cpu", "cuda"). `first_rows`: for parameters that are pieces, the number of their first row.
 
     Raises:
         MissingLibraryError: the optimizer lives in bitsandbytes, which is not installed.
@@ -44,11 +46,15 @@ def build_optimizer(
     )
     betas = (section.beta1, section.beta2)
     match section.optimizer:
-        case "adamw":
+        case "auto" | "adamw":
             fused = device_type in ("cuda", "cpu")
             return torch.optim.AdamW(
                 groups, lr=learning_rate, betas=betas, eps=section.epsilon, fused=fused, foreach=None if fused else True
             )
+        case "adamw_16bit":
+            firsts = first_rows or {}
+            places = {p: (name, firsts.get(name, 0) * p.shape[1:].numel()) for name, p in named_parameters}
+            return AdamW16(groups, lr=learning_rate, betas=betas, eps=section.epsilon, places=places)
         case "adamw_8bit" | "paged_adamw_8bit":
             # Paging moves state between GPU and host; on a CPU there is nothing to move.
             paged = section.optimizer == "paged_adamw_8bit" and device_type == "cuda"
@@ -155,25 +161,27 @@ def optimizer_state(
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer,
     named_parameters: NamedParameters,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
     scalars: Mapping[str, Any],
 ) -> None:
-    """Put back what `optimizer_state` gave, bit for bit; any state the optimizer had is dropped.
+    """Put back what `optimizer_state` gave, bit for bit (AdamW's moments as wide as this one has them); any state the
+    optimizer had is dropped. `tensors` is emptied on the way, so that RAM need not hold everything twice.
 
     Raises:
         CheckpointError: the state is another optimizer's, or of parameters that are not here or have another shape.
     """
     parameters = dict(named_parameters)
     states = _by_parameter(tensors, scalars["values"])
+    tensors.clear()
     _check_fit(_kind(optimizer), scalars["optimizer"], parameters, states)
     optimizer.state.clear()
     with torch.no_grad():
         for group in optimizer.param_groups:
             members = {id(parameter) for parameter in group["params"]}
-            for name, state in states.items():
-                if id(parameters[name]) in members:
-                    placed = {k: _placed(optimizer, group, parameters[name], k, v) for k, v in state.items()}
-                    optimizer.state[parameters[name]] = placed
+            for name in [name for name in states if id(parameters[name]) in members]:
+                state, placed = states.pop(name), optimizer.state[parameters[name]]
+                for key in list(state):
+                    placed[key] = _placed(optimizer, group, parameters[name], key, state.pop(key))
 
 
 def _by_parameter(
@@ -221,6 +229,8 @@ def _placed(
         return value.to(parameter.device if on_device else "cpu", copy=True)
     if value.shape != parameter.shape:
         return value.to(parameter.device, copy=True)
+    if key in AdamW16.MOMENTS and isinstance(optimizer, AdamW16 | torch.optim.AdamW):
+        value = value.to(torch.bfloat16 if isinstance(optimizer, AdamW16) else parameter.dtype)
     buffer_of = getattr(optimizer, "get_state_buffer", None)  # bitsandbytes: paged where it pages
     if buffer_of is not None and key in ("state1", "state2"):
         buffer: torch.Tensor = buffer_of(parameter, dtype=value.dtype)
@@ -230,5 +240,6 @@ def _placed(
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:
-    # Paged or not, the arithmetic and the state are the same: a run may go on where there is no paging.
-    return type(optimizer).__name__.removeprefix("Paged")
+    # Paged or not, the arithmetic and the state are the same: a run may go on where there is no paging. And moments in
+    # 16 bits go on in 32, and the other way.
+    return type(optimizer).__name__.removeprefix("Paged").removesuffix("16")

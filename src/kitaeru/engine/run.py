@@ -287,6 +287,7 @@ def _trained(run: Run, emit: Listener, phase: Phase | None, world: World, starte
             remedy=tr("Please report this with the recipe and the report page; the checkpoints are kept."),
         )
     _ask(trainee, asked, step)
+    trainee.optimizer.state.clear()  # saved with the last step; the result may need the room
     result = write_result(trainee, run.folder)
     seconds = time.perf_counter() - started
     emit(RunFinished(outcome=outcome, step=step, seconds=seconds, best_step=best, result=str(result)))

@@ -94,10 +94,14 @@ def _spike_is_free(before: _Flat, after: _Flat) -> bool:
     return bool(before["recipe.train.on_spike"] == after["recipe.train.on_spike"] == "ignore")
 
 
+_OPTIMIZER = "recipe.train.optimizer"
+_SAME_OPTIMIZER = {"auto", "adamw", "adamw_16bit"}
 _RULES: dict[str, Callable[[_Flat, _Flat], bool]] = {
     "recipe.train.max_steps": _length_is_free,
     "recipe.train.epochs": _length_is_free,
     "recipe.train.early_stop": _more_patient,
+    # The moments go on in 16 bits or in 32, as the machine's RAM has it.
+    _OPTIMIZER: lambda before, after: {before[_OPTIMIZER], after[_OPTIMIZER]} <= _SAME_OPTIMIZER,
     "recipe.train.keep_best": lambda before, after: bool(before["recipe.train.keep_best"]),
     "recipe.train.on_nan": _was_stop("recipe.train.on_nan"),
     "recipe.train.on_spike": _was_stop("recipe.train.on_spike"),

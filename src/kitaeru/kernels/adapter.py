@@ -14,8 +14,9 @@ from kitaeru.kernels.rows import Rows
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
 from kitaeru.kernels.turned import turn
 
-# Programs that share the sum over tokens, so that a narrow matrix keeps the whole device busy.
-PROGRAMS = 264
+# Programs that share the sum over tokens, so that the whole device is busy; of rows wider than WIDE more, in smaller
+# tiles (tried on an H100 with 8,192 tokens: 110 microseconds against 78 at 14,336 columns).
+PROGRAMS, WIDE = 264, 8192
 
 
 def project_reference(x: Rows, p: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def project(x: Rows, p: Tensor) -> Tensor:
     p = turn(p) if x.turned else p
     _project[(triton.cdiv(tokens, block),)](
         x.data, x.scale, p, out, x.data.stride(0), tokens, x.width, rank,
-        SCALED=x.scale is not None, ROWS=block, COLUMNS=128, RANK=triton.next_power_of_2(max(rank, 16)),
+        SCALED=x.scale is not None, ROWS=block, COLUMNS=256, RANK=triton.next_power_of_2(max(rank, 16)),
         num_warps=4, num_stages=3,
     )  # fmt: skip
     if x.data.shape[1] > x.width:
@@ -58,9 +59,10 @@ def outer(p: Tensor, x: Rows) -> Tensor:
     if not use_triton(x.data):
         return outer_reference(p, x)
     tokens, rank = p.shape
-    columns, block = 128, 128 if x.scale is not None else 64
+    wide = x.width > WIDE
+    columns, block = 128, 128 if x.scale is not None and not wide else 64
     across = triton.cdiv(x.width, columns)
-    parts = max(1, min(triton.cdiv(PROGRAMS, across), triton.cdiv(tokens, 4 * block)))
+    parts = max(1, min(triton.cdiv(PROGRAMS * (4 if wide else 1), across), triton.cdiv(tokens, 4 * block)))
     each = triton.cdiv(triton.cdiv(tokens, block), parts) * block
     out = torch.empty((parts, rank, x.width), dtype=torch.float32, device=p.device)
     _outer[(across, parts)](

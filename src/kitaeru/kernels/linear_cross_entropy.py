@@ -83,16 +83,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += grad.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.over = weight.dtype, False
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (upstream,) = grads
+        if ctx.over:
+            raise RuntimeError("the backward pass of this head has run already, and used its gradients up")
+        ctx.over = True
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
-            None if grad_hidden is None else grad_hidden * upstream.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * upstream).to(ctx.weight_dtype),
+            None if grad_hidden is None else grad_hidden.mul_(upstream.to(grad_hidden.dtype)),
+            None if grad_weight is None else grad_weight.mul_(upstream).to(ctx.weight_dtype),
             None,
             None,
         )

@@ -13,7 +13,7 @@ which is the room that the adapter's columns need.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -47,6 +47,10 @@ class Rows:
         own = self.data[:, : self.width]
         wide = own if self.scale is None else own.float() * self.scale[:, None]
         return turn(wide) if self.turned else wide
+
+    def part(self, rows: slice) -> Rows:
+        """Some of the rows, in the same memory."""
+        return replace(self, data=self.data[rows], scale=None if self.scale is None else self.scale[rows])
 
 
 def storage(arithmetic: Arithmetic, compute: torch.dtype) -> torch.dtype:

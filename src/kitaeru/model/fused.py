@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
@@ -30,7 +32,9 @@ from kitaeru.kernels.packed_attention import Attended, attend, attend_backward
 from kitaeru.kernels.rotary import Heads, rotate, rotate_backward
 from kitaeru.kernels.rows import Arithmetic, Rows, round_rows, storage
 from kitaeru.model.head import distance
+from kitaeru.model.offload import Host
 from kitaeru.model.site import Site, UnfitError, site_of
+from kitaeru.plan.fused import MLP_TOKENS
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,17 @@ class Place:
 
 
 @dataclass
+class Mlp:
+    """What the MLP keeps of some tokens for its backward pass."""
+
+    thin_both: Tensor | None
+    kept: Kept | None
+    thin_down: Tensor | None
+
+
+@dataclass
 class Saved:
-    """What one layer keeps of a micro-batch for its backward pass."""
+    """What one layer keeps of a micro-batch for its backward pass; without `mlp` that part is computed again."""
 
     n1: Rows
     rstd1: Tensor
@@ -56,15 +69,13 @@ class Saved:
     thin_o: Tensor | None
     n2: Rows
     rstd2: Tensor
-    thin_both: Tensor | None
-    kept: Kept
-    thin_down: Tensor | None = None
+    mlp: Mlp | None = None
 
 
 @dataclass
 class FusedLayer:
-    """The layer. `keep`: the numbers gate and up are kept in; `recompute`: keep only the input; without `on` the
-    layer's own code runs.
+    """The layer. `keep`: the numbers gate and up are kept in; `recompute`: keep only the input, and if there is a
+    `host` there; without `on` the layer's own code runs.
     """
 
     qkv: Site
@@ -79,6 +90,7 @@ class FusedLayer:
     activation: Activation
     keep: Arithmetic = "16bit"
     recompute: bool = False
+    host: Host | None = None
     on: bool = True
 
     def widen(self, site: str) -> None:
@@ -96,8 +108,27 @@ class FusedLayer:
         result: Tensor = _Layer.apply(hidden, self, place, torch.is_grad_enabled(), *self.parameters)  # type: ignore[no-untyped-call]
         return result
 
-    def forward(self, x: Tensor, place: Place, *, finish: bool = True) -> tuple[Tensor | None, Saved]:
-        """The result and what backward needs; without `finish` not the last product, which backward does not need."""
+    def forward(self, x: Tensor, place: Place) -> tuple[Tensor, Saved]:
+        """The result and what backward needs."""
+        r, saved = self.attend(x, place)
+        step, saved.mlp = self._mlp(saved.n2)
+        assert step is not None
+        return step.add_(r), saved
+
+    def through(self, x: Tensor, place: Place) -> Tensor:
+        """The result alone, the MLP a piece of the tokens at a time."""
+        r, saved = self.attend(x, place)
+        n2 = saved.n2
+        del saved
+        for piece in _pieces(len(r)):
+            step, _ = self._mlp(n2.part(piece))
+            assert step is not None
+            r[piece].add_(step)
+            del step
+        return r
+
+    def attend(self, x: Tensor, place: Place) -> tuple[Tensor, Saved]:
+        """The stream after attention [T, h], and what backward needs of it all but the MLP."""
         _, n1, rstd1 = norm(x, None, self.norm1, self.eps, self.qkv.dtype, self.qkv.extra)
         qkv, thin_qkv = self.qkv.forward(n1)
         inverse = rotate(qkv, place.cos, place.sin, self.heads)
@@ -106,36 +137,26 @@ class FusedLayer:
         step, thin_o = self.out.forward(o)
         del o
         r, n2, rstd2 = norm(x, step, self.norm2, self.eps, self.both.dtype, self.both.extra)
-        del step
+        return r, Saved(n1, rstd1, thin_qkv, qkv, inverse, attended, thin_o, n2, rstd2)
+
+    def _mlp(self, n2: Rows, *, finish: bool = True) -> tuple[Tensor | None, Mlp]:
+        """The MLP's result; without `finish` not its last product, which backward does not need."""
         both, thin_both = self.both.forward(n2)
         keep = storage(self.keep, both.dtype)
         active, kept = gated(both, self.activation, self.down.dtype, self.down.extra, keep)
         del both
-        saved = Saved(n1, rstd1, thin_qkv, qkv, inverse, attended, thin_o, n2, rstd2, thin_both, kept)
-        if not finish:
-            if self.down.rank:
-                saved.thin_down = project(active, self.down.thin()[0])
-            return None, saved
-        step, saved.thin_down = self.down.forward(active)
-        return step.add_(r), saved
+        if finish:
+            step, thin_down = self.down.forward(active)
+            return step, Mlp(thin_both, kept, thin_down)
+        return None, Mlp(thin_both, kept, project(active, self.down.thin()[0]) if self.down.rank else None)
 
     def backward(self, dy: Tensor, s: Saved, place: Place, *, needs_input: bool) -> tuple[Tensor | None, list[Tensor]]:
         """The gradients of the input and of `parameters`."""
-        g = round_rows(dy, self.down.dtype, self.down.extra)
-        d_active, dthin = self.down.backward(g)
-        assert d_active is not None
-        d_both, active = gated_backward(d_active, s.kept, self.activation, self.both.dtype, self.both.extra)
-        of_down = self.down.gradients(active, s.thin_down, dthin, g)
-        del d_active, active, g
-        s.kept = s.thin_down = None  # type: ignore[assignment]
-        d_n2, dthin = self.both.backward(d_both)
-        assert d_n2 is not None
-        of_both = self.both.gradients(s.n2, s.thin_both, dthin, d_both)
-        del d_both
+        d_n2, of_mlp = self._mlp_backward(dy, s)
         d_r, g2 = norm_backward(d_n2, s.n2, s.rstd2, self.norm2, dy, self.out.dtype, self.out.extra)
         assert g2 is not None
         del d_n2
-        s.n2 = s.thin_both = None  # type: ignore[assignment]
+        s.n2 = None  # type: ignore[assignment]
         d_o, dthin = self.out.backward(g2)
         assert d_o is not None
         o = s.attended.output.detach().flatten(1)
@@ -154,21 +175,54 @@ class FusedLayer:
         dx = None
         if d_n1 is not None:
             dx, _ = norm_backward(d_n1, s.n1, s.rstd1, self.norm1, d_r, None, 0)
-        return dx, [*of_qkv, *of_out, *of_both, *of_down]
+        return dx, [*of_qkv, *of_out, *of_mlp]
+
+    def _mlp_backward(self, dy: Tensor, s: Saved) -> tuple[Tensor, list[Tensor]]:
+        """The gradients of n2 and of the MLP's adapters; what was not kept is computed again, a piece of the tokens at
+        a time.
+        """
+        pieces = _pieces(len(dy))
+        if s.mlp is not None or len(pieces) == 1:
+            mlp, s.mlp = s.mlp or self._mlp(s.n2, finish=False)[1], None
+            return self._mlp_gradients(dy, s.n2, mlp)
+        d_n2, total = torch.empty_like(dy), list[Tensor]()
+        for piece in pieces:
+            n2 = s.n2.part(piece)
+            d_n2[piece], found = self._mlp_gradients(dy[piece], n2, self._mlp(n2, finish=False)[1])
+            total = [a.add_(b) for a, b in zip(total, found, strict=True)] if total else found
+        return d_n2, total
+
+    def _mlp_gradients(self, dy: Tensor, n2: Rows, mlp: Mlp) -> tuple[Tensor, list[Tensor]]:
+        assert mlp.kept is not None
+        g = round_rows(dy, self.down.dtype, self.down.extra)
+        d_active, dthin = self.down.backward(g)
+        assert d_active is not None
+        d_both, active = gated_backward(d_active, mlp.kept, self.activation, self.both.dtype, self.both.extra)
+        of_down = self.down.gradients(active, mlp.thin_down, dthin, g)
+        del d_active, active, g
+        mlp.kept = mlp.thin_down = None
+        d_n2, dthin = self.both.backward(d_both)
+        assert d_n2 is not None
+        return d_n2, [*self.both.gradients(n2, mlp.thin_both, dthin, d_both), *of_down]
+
+
+def _pieces(tokens: int) -> list[slice]:
+    return [slice(start, start + MLP_TOKENS) for start in range(0, tokens, MLP_TOKENS)]
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FusedLayer, place: Place, keeps: bool, *_: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            result, saved = layer.forward(x, place)
-        assert result is not None
         ctx.layer, ctx.place = layer, place
-        if keeps and layer.recompute:
-            ctx.save_for_backward(x)
-        elif keeps:
-            ctx.kept = saved
-        return result
+        with torch.autocast(x.device.type, enabled=False):
+            if keeps and not layer.recompute:
+                result, ctx.kept = layer.forward(x, place)
+                return result
+            if keeps and layer.host is not None:
+                ctx.kept = layer.host.put(x)
+            elif keeps:
+                ctx.save_for_backward(x)
+            return layer.through(x, place)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -176,14 +230,21 @@ class _Layer(torch.autograd.Function):
         dy = upstream[0].contiguous()
         with torch.autocast(dy.device.type, enabled=False):
             if layer.recompute:
-                (x,) = ctx.saved_tensors
-                _, saved = layer.forward(x, ctx.place, finish=False)
+                x = ctx.saved_tensors[0] if layer.host is None else _once(ctx).take()
+                _, saved = layer.attend(x, ctx.place)
+                del x
             else:
-                saved, ctx.kept = ctx.kept, None
-                if saved is None:
-                    raise RuntimeError("the backward pass of this layer has run already")
+                saved = _once(ctx)
             dx, gradients = layer.backward(dy, saved, ctx.place, needs_input=ctx.needs_input_grad[0])
         return dx, None, None, None, *gradients
+
+
+def _once(ctx: Any) -> Any:
+    """What the forward pass has left, which is used up now."""
+    kept, ctx.kept = ctx.kept, None
+    if kept is None:
+        raise RuntimeError("the backward pass of this layer has run already")
+    return kept
 
 
 def fused_layer(layer: Any, config: PretrainedConfig, arithmetic: Arithmetic, compute: torch.dtype) -> FusedLayer:
@@ -264,7 +325,7 @@ def install(layer: Any, fused: FusedLayer) -> Callable[[], None]:
         if not fused.on or arguments or angles is None or starts is None or cached or not suits:
             return original(hidden_states, *arguments, **options)
         cos, sin = angles
-        return fused(hidden_states[0], Place(cos[0], sin[0], starts, options["max_length_q"]))[None]
+        return fused(hidden_states.squeeze(0), Place(cos[0], sin[0], starts, options["max_length_q"]))[None]
 
     layer.forward = forward
 
@@ -288,11 +349,20 @@ class Fusing:
     why_not: str | None = None
 
 
-def fuse(model: Any, arithmetic: Arithmetic, *, keep8: bool, recompute: bool, probe: Callable[[], Any]) -> Fusing:
+def fuse(
+    model: Any,
+    arithmetic: Arithmetic,
+    *,
+    keep8: bool,
+    probe: Callable[[], Any],
+    recompute: int = 0,
+    host: Host | None = None,
+) -> Fusing:
     """Fuse all decoder layers of a causal language model, or none.
 
-    `probe` runs a few tokens through the model's decoder. Each layer is given what it saw there, both ways, before and
-    after it is fused.
+    The first `recompute` layers are computed again in the backward pass, from inputs that wait in `host` but for the
+    last layer's, which is wanted at once. `probe` runs a few tokens through the model's decoder. Each layer is given
+    what it saw there, both ways, before and after it is fused.
     """
     decoder = getattr(model, model.base_model_prefix)
     compute = model.get_input_embeddings().weight.dtype
@@ -300,7 +370,7 @@ def fuse(model: Any, arithmetic: Arithmetic, *, keep8: bool, recompute: bool, pr
     calls = _calls(layers, probe)
     found: list[FusedLayer] = []
     removers: list[Callable[[], None]] = []
-    for layer, call in zip(layers, calls, strict=True):
+    for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
         expected = call(layer)
         for kind in dict.fromkeys((arithmetic, "16bit")):
             try:
@@ -308,7 +378,9 @@ def fuse(model: Any, arithmetic: Arithmetic, *, keep8: bool, recompute: bool, pr
             except UnfitError as reason:
                 _take_off(removers)
                 return Fusing((), str(reason))
-            fused.keep, fused.recompute = (kind if keep8 else "16bit"), recompute
+            fused.recompute = index < recompute
+            fused.keep = kind if keep8 and not fused.recompute else "16bit"
+            fused.host = host if fused.recompute and index < len(layers) - 1 else None
             remove = install(layer, fused)
             offs = [distance(a, b) for a, b in zip(call(layer), expected, strict=True)]
             bound = EXACT if compute == torch.float32 and kind == "16bit" else CLOSE[kind]
@@ -320,7 +392,25 @@ def fuse(model: Any, arithmetic: Arithmetic, *, keep8: bool, recompute: bool, pr
         else:
             _take_off(removers)
             return Fusing((), tr("a fused layer is off by {share:.0%}", share=max(offs)))
+    if host is not None:
+        host.attach(decoder)
+    _norm_in_pieces(getattr(decoder, "norm", None))
     return Fusing(tuple(found))
+
+
+def _norm_in_pieces(last: nn.Module | None) -> None:
+    """Let the norm after all layers, which computes in 32 bits, take a piece of many tokens at a time."""
+    if last is None:
+        return
+    original: Callable[[Tensor], Tensor] = last.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        if hidden.shape[1] <= MLP_TOKENS:
+            return original(hidden)
+        again = partial(checkpoint, original, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(piece) for piece in hidden.split(MLP_TOKENS, 1)], 1)
+
+    last.forward = forward
 
 
 def _take_off(removers: list[Callable[[], None]]) -> None:

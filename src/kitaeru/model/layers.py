@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kitaeru.model.offload import Host
+
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The part below the output head; the model itself where there is no such part."""
@@ -25,6 +27,23 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
         if isinstance(child, nn.ModuleList) and len(child) == count
     ]
     return found[0] if len(found) == 1 else None
+
+
+def checkpoint_by_layer(model: PreTrainedModel, count: int, host: Host | None) -> bool:
+    """Of a model whose checkpointing is enabled let only the first `count` layers do it, with their inputs in `host`
+    but for the last layer's, which is wanted at once. Whether its layers can be told so.
+    """
+    found = layers_of(model)
+    layers: list[Any] = list(found[1]) if found else []
+    if not layers or not all(hasattr(layer, "_gradient_checkpointing_func") for layer in layers):
+        return False
+    for layer in layers[count:]:
+        layer.gradient_checkpointing = False
+    if host is not None:
+        host.attach(decoder_of(model))
+        for layer in layers[: min(count, len(layers) - 1)]:
+            layer._gradient_checkpointing_func = host.checkpointed(layer._gradient_checkpointing_func)
+    return True
 
 
 class Draws:

@@ -17,6 +17,7 @@ from kitaeru.model import attention
 from kitaeru.model.bundled import bundled_folder
 from kitaeru.model.experts import packing
 from kitaeru.model.stages import Share, keep_only, move, places_of, put_back, without
+from kitaeru.plan.stored import trains_from_ram
 from kitaeru.plan.types import Base, Layout, Precision
 from kitaeru.recipe.types import ModelSection
 
@@ -67,7 +68,8 @@ def load_model(
     trains_all = layout.method in ("full", "pretrain")
     dtype = torch.float32 if trains_all else DTYPES[layout.precision]
     # Cut into pieces a layer at a time on its way to the device: it need not fit there whole.
-    device = torch.device("cpu" if layout.strategy in ("fsdp", "tensor", "zero3") else layout.device)
+    through_ram = layout.strategy in ("fsdp", "tensor", "zero3") or trains_from_ram(layout)
+    device = torch.device("cpu" if through_ram else layout.device)
     if layout.method == "pretrain":
         torch.manual_seed(seed)
         config.dtype = torch.float32

@@ -147,6 +147,9 @@ def arriving(parts: Parts, world: World, device: torch.device) -> Iterator[tuple
     ranks, one by each.
     """
     count = len(parts.layers)
+    if world.size == 1:
+        yield from ((number, parts.read(number)) for number in range(count))
+        return
     for first in range(0, count, world.size):
         number = first + world.rank
         mine = parts.read(number) if number < count else {}
@@ -217,17 +220,18 @@ def gather(held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
     whole = held.state.sharded.get(name)
     if whole is None or tensor.shape != whole.to_local().shape:
         return tensor.detach().cpu()
-    return _together(held, tensor.detach(), whole.shape[0])
+    return together(tensor.detach(), whole.shape[0], held.state.ranks, held.state.group)
 
 
-def _together(held: Held, piece: torch.Tensor, rows: int) -> torch.Tensor:
-    ranks = held.state.ranks
+def together(piece: torch.Tensor, rows: int, ranks: int, group: Any = None) -> torch.Tensor:
+    """A tensor of so many rows from every rank's piece of it, on the CPU."""
     most = -(-rows // ranks)
     padded = piece.new_zeros((most, *piece.shape[1:]))
     padded[: len(piece)] = piece
-    together = piece.new_empty((most * ranks, *piece.shape[1:]))
-    dist.all_gather_into_tensor(together, padded, group=held.state.group)
-    return together[:rows].cpu()
+    whole = piece.new_empty((most * ranks, *piece.shape[1:]))
+    # As bytes: gloo does not carry every dtype.
+    dist.all_gather_into_tensor(whole.view(-1).view(torch.uint8), padded.view(-1).view(torch.uint8), group=group)
+    return whole[:rows].cpu()
 
 
 def scatter(held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -247,7 +251,7 @@ def model_state(held: Held) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for name, tensor in held.unit.model.state_dict().items():
         if isinstance(tensor, DTensor):
-            tensor = _together(held, tensor.to_local(), tensor.shape[0])
+            tensor = together(tensor.to_local(), tensor.shape[0], held.state.ranks, held.state.group)
         if held.world.main:
             state[name] = tensor
     return state

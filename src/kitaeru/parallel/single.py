@@ -85,9 +85,15 @@ def norm(held: Held) -> torch.Tensor:
 
 def squares(named: Named) -> torch.Tensor:
     """The sum of the squares of all gradients, in 64 bits: in 32 a sum over millions depends on how it is cut up."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for _, p in named if p.grad is not None]
-    norms = [norm.to(norms[0].device) for norm in norms]
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for _, parameter in named:
+        if parameter.grad is not None:
+            by_device.setdefault(parameter.grad.device, []).append(parameter.grad)
+    found = [torch.stack(torch._foreach_norm(each, dtype=torch.float64)).square().sum() for each in by_device.values()]
+    total = torch.zeros((), dtype=torch.float64, device=next(iter(by_device), None))
+    for part in found:
+        total += part.to(total.device)
+    return total
 
 
 def gather(held: Held, name: str, tensor: torch.Tensor) -> torch.Tensor:

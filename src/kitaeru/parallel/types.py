@@ -69,7 +69,7 @@ class Held:
     strategy's own. `devices` are those of this process where it has more than one. `at`: where it computes (None: where
     its trained parameters are). `rows`: what it writes into checkpoints, if its pieces are rows. `optimizer`: the one
     that a strategy drives itself. `elsewhere`: how many numbers of the trained parameters, and of all, only others
-    have, where the model's parameters here are pieces themselves.
+    have, where the model's parameters here are pieces themselves. `notices`: what a person should be told.
     """
 
     world: World
@@ -81,6 +81,7 @@ class Held:
     rows: Mapping[str, Rows] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
     elsewhere: tuple[int, int] = (0, 0)
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

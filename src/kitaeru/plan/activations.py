@@ -23,8 +23,10 @@ from kitaeru.plan.types import Layout
 from kitaeru.recipe.types import LoraSection
 from kitaeru.shape import Linear, ModelShape
 
-# Layers whose activations are on the device when they are offloaded: one at work, one going out, one coming in.
-LAYERS_ON_DEVICE = 3
+# Inputs of layers that may still be on the device while they are copied to the host (model.offload).
+LEAVING = 2
+# Host memory is pinned in pieces of this size.
+PIECE_BYTES = 16 << 20
 
 
 def kept_per_token(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str, int]:
@@ -198,49 +200,74 @@ def score_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> tuple[in
 def activation_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
     """What is kept when the forward pass of one micro-batch ends: `micro_batch_tokens` in one row.
 
-    With `recompute` only each layer's input is kept; the layer whose backward pass runs is counted as workspace. With
-    `offload` a few layers are on the device, at work or on their way, and the rest is in RAM.
+    Of a layer that is computed again only the input is kept; the layer whose backward pass runs is counted as
+    workspace. With `offload` the last layer's input is on the device, and those that are on their way out.
     """
-    tokens = layout.micro_batch_tokens
+    tokens, again = layout.micro_batch_tokens, layout.again(shape.layers)
     scores, mask = score_bytes(layout, shape, setting)
-    edges = _kept_outside_layers(layout, shape, setting.lora) * tokens + mask
-    if layout.activations == "recompute":
-        return edges + tokens * shape.layers * residual_bytes(layout) * shape.hidden
-    if layout.activations == "offload":
-        return edges + min(shape.layers, LAYERS_ON_DEVICE) * one_layer_bytes(layout, shape, setting)
+    edges = _kept_outside_layers(layout, shape, setting.lora) + mask
+    inputs = again if layout.activations != "offload" else min(again, 1 + LEAVING)
+    edges += inputs * input_bytes(layout, shape)
+    if again == shape.layers:
+        return edges
     always = kept_always(layout, shape, setting.lora) + shape.layers * scores
-    return edges + always + tokens * sum(kept_per_token(layout, shape, setting).values())
+    every = always + tokens * sum(kept_per_token(layout, shape, setting).values())
+    return edges + -(-every * (shape.layers - again) // shape.layers)
 
 
 def _kept_outside_layers(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
-    """Per token: ids, positions and targets; rotary tables; the final norm, with its result when its weight is trained.
+    """Ids, positions and targets; rotary tables; the final norm, with its result when its weight is trained.
 
     A frozen embedding needs no gradient, so the very first norm keeps nothing unless recomputation asks for one.
     """
     h, r = shape.hidden, residual_bytes(layout)
-    final = r * h + 8 if shape.norm == "layer" else 4 * h + 4 + (4 * h if trains_all(layout) else 0)
     tables = 2 if shape.family == "gemma3_text" else 1
     rotary = 0 if shape.learned_positions else int(tables * 2 * r * shape.head_dim * shape.rotary_share)
-    frozen = not trains_all(layout) and not saved_whole(shape, lora) and layout.activations != "recompute"
+    frozen = not trains_all(layout) and not saved_whole(shape, lora) and not layout.again(shape.layers)
     frozen = frozen and not fused.is_fused(layout)
     first = (r * h + 8 if shape.norm == "layer" else 4 * h + 4) if frozen else 0
-    return 3 * 8 + rotary + final - first
+    return last_norm_bytes(layout, shape) + layout.micro_batch_tokens * (3 * 8 + rotary - first)
 
 
-def offloaded_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
-    """What a micro-batch's layers keep in RAM; 0 unless they are offloaded."""
+def last_norm_bytes(layout: Layout, shape: ModelShape) -> int:
+    """What the norm after all layers keeps. Beside fused layers it takes a piece of many tokens at a time, and keeps
+    what goes in.
+    """
+    h, r, tokens = shape.hidden, residual_bytes(layout), layout.micro_batch_tokens
+    if fused.is_fused(layout) and tokens > fused.MLP_TOKENS:
+        return tokens * r * h
+    if shape.norm == "layer":
+        return tokens * (r * h + 8)
+    return tokens * (4 * h + 4 + (4 * h if trains_all(layout) else 0))
+
+
+def input_bytes(layout: Layout, shape: ModelShape) -> int:
+    """What goes into a layer: the stream of a micro-batch."""
+    return layout.micro_batch_tokens * residual_bytes(layout) * shape.hidden
+
+
+def offloaded_bytes(layout: Layout, shape: ModelShape) -> int:
+    """What a micro-batch's layers have in RAM, in whole pieces: the input of each but the last; 0 unless they do.
+
+    >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
+    >>> offloaded_bytes(Layout("single", "qlora", "nf4", "bf16", "offload", 102400, "cuda"), llama) // 10**9
+    26
+    """
     if layout.activations != "offload":
         return 0
-    return max(0, shape.layers - LAYERS_ON_DEVICE) * one_layer_bytes(layout, shape, setting)
+    return (shape.layers - 1) * -(-input_bytes(layout, shape) // PIECE_BYTES) * PIECE_BYTES
 
 
 def recomputed_layer_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
-    """What one layer keeps, while it is computed a second time; 0 when nothing is recomputed."""
-    return one_layer_bytes(layout, shape, setting) if layout.activations == "recompute" else 0
+    """What one layer keeps, while it is computed a second time; 0 when all are kept."""
+    return one_layer_bytes(layout.of_again, shape, setting) if layout.again(shape.layers) else 0
 
 
 def one_layer_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
-    """What one layer keeps of a micro-batch."""
-    per_token = -(-sum(kept_per_token(layout, shape, setting).values()) // shape.layers)
+    """What one layer keeps of a micro-batch; of a fused MLP that is computed again, one piece of the tokens."""
+    parts = kept_per_token(layout, shape, setting)
+    total = layout.micro_batch_tokens * -(-sum(parts.values()) // shape.layers)
+    if fused.is_fused(layout) and layout.again(shape.layers):
+        total -= max(0, layout.micro_batch_tokens - fused.MLP_TOKENS) * parts["mlp"] // shape.layers
     always = -(-kept_always(layout, shape, setting.lora) // shape.layers)
-    return layout.micro_batch_tokens * per_token + always + score_bytes(layout, shape, setting)[0]
+    return total + always + score_bytes(layout, shape, setting)[0]

@@ -14,11 +14,13 @@ from typing import Literal
 from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
+from kitaeru.plan.activations import input_bytes, one_layer_bytes
 from kitaeru.plan.calibrate import Profile, own_profile
 from kitaeru.plan.decide import decide_learning, default_seq_len, fill
 from kitaeru.plan.deepspeed import offloads, read_own
 from kitaeru.plan.host import host_items
 from kitaeru.plan.layouts import (
+    BY_LAYER,
     DISK,
     Arrangement,
     activation_policies,
@@ -30,7 +32,7 @@ from kitaeru.plan.layouts import (
     ways,
 )
 from kitaeru.plan.nearest import no_layout, not_legal
-from kitaeru.plan.problem import Problem, free_bytes, global_tokens, needed_bytes, setting_of, state
+from kitaeru.plan.problem import Problem, free_bytes, global_tokens, needed_bytes, needed_per_byte, setting_of, state
 from kitaeru.plan.ranks import Items, phase_peaks, rank_items
 from kitaeru.plan.reasons import decide_layout, why_chosen, why_lost
 from kitaeru.plan.speed import Load, Pace, cuts_for, layer_on, pace, speed_of, step
@@ -43,6 +45,9 @@ __all__ = ["Survey", "default_seq_len", "make_plan", "survey"]
 
 # Layouts within this of the fastest count as equally fast, and the simplest of them is taken.
 TIE = 0.02
+# How many times as fast activations in RAM must be to be taken: nothing must go wrong there.
+OFFLOAD_GAIN = 1.1
+STAGED = ("pipeline", "model_parallel")
 # Items of RAM that make a layout lean on it.
 OFFLOADED = ("optimizer", "activations")
 # How often layers are moved from a device that is too full to one that is not.
@@ -139,19 +144,62 @@ class Pricing:
         candidates: list[Candidate] = []
         for method, base in ways(self.problem.recipe):
             for arrangement in self._arrangements():
-                whole = False
-                for row in self._layouts(arrangement, method, base):
-                    if whole and row[0].activations == "keep8":  # no faster, and no need of its room
-                        continue
-                    found = list(self._sizes(row))
-                    largest = row[-1].micro_batch_tokens
-                    whole = whole or any(c.fits and c.layout.micro_batch_tokens == largest for c in found)
-                    candidates += found
+                candidates += self._ways(list(self._layouts(arrangement, method, base)))
         possible = {f"{c.layout.way}/{c.layout.method}" for c in candidates}
         if not candidates:
             raise not_legal(self.problem, list(dict.fromkeys(self.impossible.values())))
         self.impossible = {way: reason for way, reason in self.impossible.items() if way not in possible}
         return candidates
+
+    def _ways(self, rows: Sequence[Sequence[Layout]]) -> list[Candidate]:
+        """All that may be done with activations, from what is fastest to what takes least, until something fits with
+        the largest micro-batch; between keeping and recomputing everything, as few layers computed again as will do.
+        """
+        candidates: list[Candidate] = []
+        whole = False
+        for i, row in enumerate(rows):
+            policy = row[0].activations
+            # None is any faster, so there is no need of its room; of one device's ways what it would cost is shown.
+            if whole and (policy in ("keep8", "offload") or (policy == "recompute" and row[0].strategy in STAGED)):
+                continue
+            found = list(self._sizes(row))
+            fitting = {c.layout.micro_batch_tokens for c in found if c.fits}
+            candidates += found
+            if policy == "recompute" and i and fitting and not whole:
+                candidates += self._some(rows[i - 1], max(fitting))
+            whole = row[-1].micro_batch_tokens in fitting
+        return candidates
+
+    def _some(self, row: Sequence[Layout], most: int) -> Iterator[Candidate]:
+        """Layouts that compute some layers again and keep the others, of micro-batches of at most so many tokens: the
+        fewest layers that fit, from the largest micro-batch down as long as smaller ones are faster.
+        """
+        if row[0].strategy not in BY_LAYER or row[0].variant == DISK:
+            return
+        best = float("inf")
+        for layout in reversed(row):
+            if layout.micro_batch_tokens > most:
+                continue
+            found = self._fewest(layout)
+            if found is None or _seconds(found) > best:
+                return
+            best = _seconds(found)
+            yield found
+
+    def _fewest(self, kept: Layout) -> Candidate | None:
+        """With as few layers computed again as fit; None where none need be, or not even all but one are enough."""
+        layers = self.problem.shape.layers
+        load = self._load(kept)
+        missing = -min(self._room(kept, self._devices(kept, load, {})))
+        if missing <= 0:
+            return None
+        saved = one_layer_bytes(kept, self.problem.shape, load.setting) - input_bytes(kept, self.problem.shape)
+        count = max(1, int(missing / needed_per_byte(kept) / max(1, saved)))
+        for recomputed in range(count, min(count + 4, layers)):
+            candidate = self._candidate(replace(kept, recomputed=recomputed))
+            if candidate.fits:
+                return candidate
+        return None
 
     def finished(self, candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
         """Candidates with all that is shown of them: their range of speed and the peaks of every phase."""
@@ -187,6 +235,8 @@ class Pricing:
         if problem.recipe.limits.ds_config is not None:
             wanted = offloads(read_own(Path(problem.recipe.limits.ds_config)))
             found = [a for a in found if a.variant == wanted]
+        if problem.device is None and problem.recipe.limits.variant is None:  # everything is in RAM already
+            found = [a for a in found if (a.strategy, a.variant) != ("single", "offload")]
         if problem.recipe.limits.offload_folder is None:
             found = [a for a in found if a.variant != DISK]
         if problem.recipe.limits.devices is not None:
@@ -211,7 +261,7 @@ class Pricing:
         """Layouts that differ by the size of their micro-batch alone, as many as may win: the largest that fits is the
         fastest, since fewer micro-batches launch fewer kernels and unpack fewer weights; a pipeline may want more.
         """
-        yield from self._stages(row) if row[0].strategy in ("pipeline", "model_parallel") else self._largest(row)
+        yield from self._stages(row) if row[0].strategy in STAGED else self._largest(row)
 
     def _stages(self, row: Sequence[Layout]) -> Iterator[Candidate]:
         """All that fit, and the largest."""
@@ -281,16 +331,16 @@ class Pricing:
             arrangement.variant,
         )  # fmt: skip
         arithmetic = arithmetic_for(problem.recipe, bare, problem.device, problem.shape)
-        policies = activation_policies(problem.recipe, arithmetic)
-        if len(policies) > 1 and arithmetic == "plain" and device == "cuda" and arrangement.ranks_go_through_all:
-            policies = (*policies, "offload")
-        for activations in policies:
+        recomputed = problem.recipe.limits.recomputed_layers or 0
+        for activations in activation_policies(problem.recipe, arithmetic):
+            if activations == "offload" and device == "cpu" and not problem.recipe.limits.offload_activations:
+                continue
             row = [
                 Layout(
                     arrangement.strategy, method, base, problem.precision, activations, tokens, device,
                     arrangement.devices, arrangement.variant, arrangement.replicas, arrangement.chunks,
                     arithmetic=arithmetic,
-                    shards=arrangement.shards,
+                    shards=arrangement.shards, recomputed=recomputed,
                 )
                 for tokens in sizes
             ]  # fmt: skip
@@ -312,7 +362,7 @@ class Pricing:
         problem = self.problem
         load = self._load(layout)
         likely = self._pace(layout, "likely")
-        if layout.strategy in ("pipeline", "model_parallel"):
+        if layout.strategy in STAGED:
             cuts = cuts_for(layout, problem.shape, load, likely)
             layout, devices = self._cut(replace(layout, cuts=cuts), load)
         else:
@@ -339,7 +389,7 @@ class Pricing:
 
     def _devices(self, layout: Layout, load: Load, known: dict[tuple[int, int], Items]) -> tuple[Items, ...]:
         """Items of every device; ranks that hold the same part are counted once, and not again if `known`."""
-        ranks = layout.ranks_per_replica if layout.strategy in ("pipeline", "model_parallel") else 1
+        ranks = layout.ranks_per_replica if layout.strategy in STAGED else 1
         count, parts = load.micro_batches(layout), []
         for rank in range(ranks):
             key = (rank, sum(layout.cuts[rank::ranks]))
@@ -395,7 +445,7 @@ class Pricing:
 
     def _phases(self, candidate: Candidate) -> dict[str, int]:
         layout, load = candidate.layout, self._load(candidate.layout)
-        ranks = layout.ranks_per_replica if layout.strategy in ("pipeline", "model_parallel") else 1
+        ranks = layout.ranks_per_replica if layout.strategy in STAGED else 1
         rank = candidate.devices.index(candidate.memory) % ranks
         return phase_peaks(layout, self.problem.shape, load.setting, rank, load.micro_batches(layout))
 
@@ -421,23 +471,33 @@ def choose(usable: Sequence[Candidate]) -> Candidate:
     """Of those that fit and are built: the preferred method, then the fastest, the simplest, the fewest bytes.
 
     The preferred method is the first that fits whole on a device (`single` or `ddp`); where none does, all compete. A
-    way that keeps weights or the optimizer in RAM is taken where no other fits.
+    way that keeps weights or the optimizer in RAM is taken where no other fits, one with activations there if it is
+    clearly faster (`OFFLOAD_GAIN`).
     """
     pool = list(usable)
     for candidate in usable:
-        if candidate.layout.strategy in ("single", "ddp") and candidate.layout.variant != DISK:
+        if candidate.layout.strategy in ("single", "ddp") and not candidate.layout.variant:
             kind = (candidate.layout.method, candidate.layout.base)
             pool = [c for c in usable if (c.layout.method, c.layout.base) == kind]
             break
-    return _fastest([c for c in pool if not c.layout.variant.startswith("offload")] or pool)
+    pool = [c for c in pool if not c.layout.variant.startswith("offload")] or pool
+    fastest = _fastest(pool)
+    here = [c for c in pool if c.layout.activations != "offload"]
+    if fastest.layout.activations != "offload" or not here:
+        return fastest
+    other = _fastest(here)
+    return fastest if _seconds(other) > OFFLOAD_GAIN * _seconds(fastest) else other
 
 
 def _fastest(pool: Sequence[Candidate]) -> Candidate:
-    """The fastest; among those nearly as fast the simplest, and of one way the fastest again."""
+    """The fastest; among those nearly as fast the simplest (all layers alike), and of one way the fastest again."""
     order = list(dict.fromkeys(c.layout.way for c in pool))
     best = min(_seconds(c) for c in pool)
     tied = [c for c in pool if _seconds(c) <= best * (1 + TIE)]
-    return min(tied, key=lambda c: (order.index(c.layout.way), round(_seconds(c), 9), c.peak_bytes))
+    return min(
+        tied,
+        key=lambda c: (order.index(c.layout.way), c.layout.recomputed > 0, round(_seconds(c), 9), c.peak_bytes),
+    )
 
 
 def _seconds(candidate: Candidate) -> float:
@@ -453,7 +513,7 @@ def _best_of_each(candidates: Sequence[Candidate], chosen: Candidate | None) -> 
     own = chosen.layout.way if chosen else "single"
     for candidate in candidates:
         layout = candidate.layout
-        own_policy = layout.activations if layout.way == own else ""
+        own_policy = (layout.activations if not layout.recomputed else "some") if layout.way == own else ""
         key = (layout.method, layout.way, own_policy, str(candidate.built))
         groups.setdefault(key, []).append(candidate)
     found: list[Candidate] = [] if chosen is None else [chosen]

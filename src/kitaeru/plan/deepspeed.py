@@ -227,8 +227,9 @@ def _precision(name: str) -> _Compare:
 def _optimizer(value: Any, _: Layout, recipe: Recipe) -> Clash:
     train = recipe.train
     kind = str(value.get("type", ""))
-    if kind != _AUTO and kind.lower() != train.optimizer:
-        return kind, train.optimizer
+    ours = "adamw" if train.optimizer == "auto" else train.optimizer
+    if kind != _AUTO and kind.lower() != ours:
+        return kind, ours
     wanted = {
         "lr": train.learning_rate,
         "betas": [train.beta1, train.beta2],
@@ -239,7 +240,7 @@ def _optimizer(value: Any, _: Layout, recipe: Recipe) -> Clash:
         if there == _AUTO:
             continue
         if key not in wanted:
-            return f"{key}={there}", train.optimizer
+            return f"{key}={there}", ours
         if there != wanted[key]:
             return f"{key}={there}", f"{key}={wanted[key]}"
     return None

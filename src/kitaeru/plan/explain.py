@@ -18,16 +18,26 @@ FORMULAS: dict[str, str] = {
     "weight_casts": N_("2 bytes for each weight of a trained 32-bit linear layer"),
     "adapter": N_("4 bytes x r x (inputs + outputs) of each adapted layer"),
     "gradients": N_("4 bytes x trained parameters"),
-    "optimizer": N_("AdamW: 8 bytes x trained parameters (ZeRO: 4 more for a copy of the weights)"),
-    "activations": N_("tokens x what each operation keeps, layer by layer; x micro-batches under way in a pipeline"),
+    "optimizer": N_(
+        "AdamW: 8 bytes x trained parameters, 4 with moments in 16 bits (ZeRO: 4 more for a copy of weights)"
+    ),
+    "activations": N_(
+        "tokens x what each operation keeps, layer by layer; x micro-batches under way in a pipeline; of a layer that "
+        "is computed again the input, or all but three of them in RAM"
+    ),
     "head": N_("512 rows of logits in 32 bits, up to 3 copies, and the gradient of what the head reads"),
     "workspace": N_("gradients of one layer while its backward pass runs, and one unpacked weight"),
-    "gathered": N_("two layers and the tables put together from all devices"),
+    "gathered": N_("two layers and the tables put together from all devices, or two layers that come from RAM"),
     "communication": N_("five buckets of 32 MiB of gradients, or what stages hand over"),
     "process": N_("measured: Python, torch and transformers imported"),
     "processes": N_("3 GB a process"),
     "loading": N_("one file of weights, at most 5 GB; FSDP: the whole model for each process"),
-    "pinned": N_("1 GB a device"),
+    "pinned": N_("1 GB a device; in full training two layers' gradients for each"),
+}
+
+# Of the machine's RAM, where it is another than a device's.
+HOST_FORMULAS: dict[str, str] = {
+    "activations": N_("tokens x 2 bytes (4 where all is trained) x width x (layers - 1), in pinned pieces of 16 MiB"),
 }
 
 # Of the seconds of a step; names are those of `speed.PARTS`.
@@ -36,11 +46,16 @@ SPEED_FORMULAS: dict[str, str] = {
     "attention": N_("4 FLOP x width x tokens seen forward, 10 backward / the rates below"),
     "small_kernels": N_("bytes that norms, activations, casts and sums read and write / the rates below"),
     "unpacking": N_("2.5 bytes x 4-bit weights x passes / the rate below"),
-    "optimizer": N_("40 bytes x trained parameters moved (AdamW) / the rate of one large kernel"),
+    "optimizer": N_(
+        "40 bytes x trained parameters moved (AdamW) / the rate of one large kernel; in RAM 20 (16 bits) or 36 bytes / "
+        "its rate"
+    ),
     "communication": N_("bytes between devices / the rate of the link, as far as computing does not hide it"),
     "host": N_("operations x seconds an operation, as far as computing does not hide it; and a time for each step"),
     "bubble": N_("simulated pass by pass"),
-    "offload": N_("gradients down, 28 bytes x trained parameters in the host's memory, weights up"),
+    "offload": N_(
+        "bytes to and from RAM / the rate of copies; a layer's input down and up; as far as computing does not hide it"
+    ),
 }
 
 
@@ -70,7 +85,10 @@ def memory_lines(items: dict[str, int]) -> list[Line]:
 
 def host_lines(candidate: Candidate) -> list[Line]:
     """The items of the machine's RAM."""
-    return [Line(name, size, tr(HOST_ITEMS[name]), _formula(name)) for name, size in candidate.host.items()]
+    own = {name: tr(formula) for name, formula in HOST_FORMULAS.items()}
+    return [
+        Line(name, size, tr(HOST_ITEMS[name]), own.get(name) or _formula(name)) for name, size in candidate.host.items()
+    ]
 
 
 def speed_lines(candidate: Candidate) -> list[Line]:

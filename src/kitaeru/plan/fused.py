@@ -14,6 +14,10 @@ from kitaeru.plan.types import Arithmetic, Layout
 from kitaeru.recipe.types import LoraSection
 from kitaeru.shape import Linear, ModelShape
 
+# Tokens that the MLP of a layer takes at a time where it is computed again, and a final norm.
+MLP_TOKENS = 16384
+# What cuBLAS and cuBLASLt work in, from torch's allocator (on sm_90; elsewhere it is less).
+PRODUCTS_BYTES = 64 << 20
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # What reads the same tensor is one product.
 GROUPS: tuple[tuple[str, ...], ...] = (
@@ -118,16 +122,26 @@ def kept_per_token(layout: Layout, shape: ModelShape, lora: LoraSection) -> dict
 def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """What the layer holds at its fullest beside what is kept: in the middle of its forward pass (gate and up still
     there, the activated product being written), or of its backward pass (the gradients of both, or the product that
-    takes them back, with its expanded weight).
+    takes them back, with its expanded weight). Where the MLP is computed again, it is so a piece of the tokens at a
+    time, and attention's backward pass may be the fullest: it adds dq up in 32 bits and has dk and dv for every head.
     """
     n, w, _, _, both, down = _number(layout), _width(layout), *groups(shape, lora)
     h, f, tokens = shape.hidden, shape.intermediate, layout.micro_batch_tokens
-    of_both = 0 if layout.activations == "keep" else 2 * f * w
-    forward = tokens * (3 * h * w + of_both + n * (f + down.extra(layout)))
+    again = layout.again(shape.layers) == shape.layers
+    piece = min(tokens, MLP_TOKENS) if again else tokens
+    of_both = 2 * f * w if layout.activations == "keep8" else 0
     gradient = n * (2 * f + both.extra(layout))
-    middle = tokens * (w * h + n * (h + down.extra(layout)) + w * f + gradient + n * f)
-    back = tokens * (2 * w * h + gradient) + n * h * (2 * f + both.extra(layout))
-    return max(forward, middle, back)
+    forward = tokens * 3 * h * w + piece * (of_both + n * (f + down.extra(layout)))
+    middle = tokens * w * h + piece * (n * (h + down.extra(layout)) + w * f + gradient + n * f)
+    back = tokens * 2 * w * h + piece * gradient + n * h * (2 * f + both.extra(layout))
+    products = PRODUCTS_BYTES if layout.device == "cuda" else 0
+    if not again:
+        return products + max(forward, middle, back)
+    whole = tokens * w * h if piece < tokens else 0  # the gradient of what the MLP reads
+    key = 2 * w * shape.kv_size + (2 * w * shape.q_size if shape.kv_size != shape.q_size else 0)
+    attention = tokens * (2 * w * h + (4 + 2 * w) * shape.q_size + key)
+    gone = tokens * n * (h + both.extra(layout)) + piece * 2 * f * w  # of what the layer keeps
+    return products + max(forward, middle + whole, back, attention - gone)
 
 
 def held_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[int, int]:
@@ -161,9 +175,11 @@ def streamed_bytes_per_token(layout: Layout, shape: ModelShape, lora: LoraSectio
 
 
 def expanded_bytes(layout: Layout, shape: ModelShape) -> float:
-    """Bytes moved to expand one layer's frozen weights for one pass."""
+    """Bytes moved to expand one layer's frozen weights for one pass: those of an MLP in pieces for each piece."""
     stored = {"none": 2.0, "nf4": 0.52, "int8": 1.0}[layout.base]
-    return shape.linear_parameters() / shape.layers * (stored + _number(layout))
+    pieces = -(-layout.micro_batch_tokens // MLP_TOKENS) if layout.again(shape.layers) else 1
+    mlp = 3 * shape.hidden * shape.intermediate
+    return (shape.linear_parameters() / shape.layers + (pieces - 1) * mlp) * (stored + _number(layout))
 
 
 def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
@@ -180,4 +196,4 @@ def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
 
 def operations(layout: Layout, *, forward: bool) -> float:
     """Kernels and calls of one layer's pass; in INT8 four adapters are turned in each, and eight gradients back."""
-    return (30.0 if forward else 50.0) + _turns(layout) * (4.0 if forward else 13.0)
+    return (138.0 if forward else 230.0) + _turns(layout) * (18.0 if forward else 60.0)

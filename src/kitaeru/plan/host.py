@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from kitaeru.i18n import N_
 from kitaeru.plan.activations import offloaded_bytes
+from kitaeru.plan.from_ram import ram_items
 from kitaeru.plan.layouts import comes_in_parts
 from kitaeru.plan.memory import GPU_PROCESS_HOST_BYTES, host_bytes
 from kitaeru.plan.ranks import layer_weight_bytes
-from kitaeru.plan.stored import Setting, trained_parameters, trains_all, weight_bytes
+from kitaeru.plan.stored import Setting, trained_parameters, trains_all, trains_from_ram, weight_bytes
 from kitaeru.plan.types import Layout
 from kitaeru.shape import ModelShape
 
-# Bytes of a trained number in RAM: AdamW on the CPU has a 32-bit weight, two moments and a 32-bit gradient. DeepSpeed
-# has a gradient more, in which micro-batches add up, and with ZeRO-2 another weight, on its way back.
-OPTIMIZER_BYTES = {"fsdp": 12, "zero2": 16, "zero3": 12}
-GRADIENT_BYTES = {"fsdp": 4, "zero2": 8, "zero3": 8}
+# Bytes of a trained number in RAM under DeepSpeed: AdamW on the CPU has a 32-bit weight, two moments and a 32-bit
+# gradient. There is a gradient more, in which micro-batches add up, and with ZeRO-2 another weight, on its way back.
+OPTIMIZER_BYTES = {"zero2": 16, "zero3": 12}
+GRADIENT_BYTES = {"zero2": 8, "zero3": 8}
 # Pinned buffers through which a device's copies go, for each device.
 PINNED_BYTES = 10**9
 
@@ -45,12 +46,16 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
     if comes_in_parts(layout, setting.lora):  # each process reads a layer of its own at a time
         layer, outside = layer_weight_bytes(layout, shape)
         loading = layout.devices * layer + outside
-    elif layout.strategy == "fsdp":  # each has the whole model in RAM before it cuts its pieces out
+    elif layout.strategy == "fsdp" or trains_from_ram(
+        layout
+    ):  # each has the whole model in RAM before it cuts its pieces out
         loading += layout.devices * sum(weight_bytes(layout, shape))
     items = {"processes": processes * GPU_PROCESS_HOST_BYTES, "loading": loading}
     if layout.activations == "offload":
-        items["activations"] = layout.devices * offloaded_bytes(layout, shape, setting)
-    if layout.strategy == "fsdp" and layout.variant and not trains_all(layout) and layout.variant != "grad":
+        items["activations"] = layout.devices * offloaded_bytes(layout, shape)
+    if trains_from_ram(layout):
+        items |= ram_items(layout, shape, setting)
+    elif layout.strategy == "fsdp" and layout.variant and not trains_all(layout) and layout.variant != "grad":
         items["weights"] = weight_bytes(layout, shape)[0]
         items["pinned"] = PINNED_BYTES * layout.devices
     elif layout.variant.startswith("offload"):

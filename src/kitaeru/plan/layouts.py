@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from kitaeru.hardware import Device
 from kitaeru.i18n import tr
 from kitaeru.plan import fused
-from kitaeru.plan.stored import packs_experts
+from kitaeru.plan.stored import packs_experts, trains_from_ram
 from kitaeru.plan.types import Activations, Arithmetic, Base, Layout, MethodKind, Precision
 from kitaeru.recipe.checks import ZERO as ZERO
 from kitaeru.recipe.types import LoraSection, Recipe
@@ -20,9 +20,11 @@ from kitaeru.shape import ModelShape
 
 # The variant of `single` whose frozen layers come from `limits.offload_folder`, one at a time.
 DISK = "disk"
+# Layers that are on a device at a time when their weights lie in RAM, and whose gradients are on their way down.
+LAYERS_AT_ONCE = 2
 # Variants of a strategy that the engine can run; the planner shows the others and never chooses them.
 VARIANTS_BUILT: dict[str, tuple[str, ...]] = {
-    "single": ("", DISK),
+    "single": ("", DISK, "offload"),
     "pipeline": ("1f1b", "interleaved", "gpipe"),
     "fsdp": ("", "grad", "offload"),
     "zero2": ("", "offload"),
@@ -31,6 +33,8 @@ VARIANTS_BUILT: dict[str, tuple[str, ...]] = {
 # Bases with which a built strategy is known to train exactly; a strategy that is not named takes all.
 BASES_BUILT: dict[str, tuple[Base, ...]] = {"fsdp": ("none", "nf4"), "tensor": ("none",), "zero3": ("none",)}
 SHARDED = ("fsdp", "zero3")
+# Strategies whose devices go through all layers, so that what is done with activations may differ from layer to layer.
+BY_LAYER = ("single", "ddp", "fsdp")
 # What families call the input table.
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
 # Strategies that are known to train exactly with a mixture's experts in few bits.
@@ -56,8 +60,6 @@ Rule = Callable[[Case], str | None]
 
 def is_built(layout: Layout) -> bool:
     """Whether the engine can run this way today."""
-    if layout.activations == "offload":
-        return False
     variants = VARIANTS_BUILT.get(layout.strategy, ("",))
     return layout.variant in variants and layout.base in BASES_BUILT.get(layout.strategy, (layout.base,))
 
@@ -73,7 +75,7 @@ def comes_in_parts(layout: Layout, lora: LoraSection) -> bool:
     Random weights are drawn all at once; some adapters start from whole weights, and a module that is trained beside an
     adapter is a copy of one.
     """
-    if layout.strategy not in ("fsdp", "tensor") or layout.method == "pretrain":
+    if layout.method == "pretrain" or not (layout.strategy in ("fsdp", "tensor") or trains_from_ram(layout)):
         return False
     return layout.method == "full" or _starts_alone(lora)
 
@@ -253,8 +255,10 @@ def _optimizer_sees_whole_weights(case: Case) -> str | None:
 
 def _pieces_have_no_loss_scale(case: Case) -> str | None:
     layout = case.layout
-    pieces = layout.strategy in ("pipeline", "tensor", *ZERO) or (
-        layout.strategy == "fsdp" and layout.method not in ("lora", "qlora")
+    pieces = (
+        layout.strategy in ("pipeline", "tensor", *ZERO)
+        or trains_from_ram(layout)
+        or (layout.strategy == "fsdp" and layout.method not in ("lora", "qlora"))
     )
     if not pieces or layout.precision != "fp16":
         return None
@@ -265,7 +269,10 @@ def _pieces_have_no_loss_scale(case: Case) -> str | None:
 
 
 def _offloaded_optimizer_is_adamw(case: Case) -> str | None:
-    if not case.layout.variant.startswith("offload") or case.recipe.train.optimizer == "adamw":
+    optimizer = case.recipe.train.optimizer
+    if optimizer == "adamw_16bit" and not trains_from_ram(case.layout):
+        return tr("Moments in 16 bits are for weights that are all trained and lie in RAM.")
+    if not case.layout.variant.startswith("offload") or optimizer in ("auto", "adamw", "adamw_16bit"):
         return None
     if case.layout.strategy == "fsdp" and case.layout.method in ("lora", "qlora"):  # its optimizer stays
         return None
@@ -286,9 +293,31 @@ def _activations_go_somewhere(case: Case) -> str | None:
         return None
     if layout.device == "cpu":
         return tr("On a CPU activations are in RAM already.")
-    if layout.strategy in ("pipeline", "model_parallel", "tensor"):
+    if layout.strategy not in BY_LAYER:
         return tr("Activations are offloaded only where a device goes through all layers.")
+    if layout.variant.startswith("offload"):
+        return tr("Weights come from RAM already; activations would have to wait for the same link.")
     return None
+
+
+def _some_layers_are_recomputed(case: Case) -> str | None:
+    layout, shape = case.layout, case.shape
+    if not layout.recomputed:
+        return None
+    if layout.strategy not in BY_LAYER:
+        return tr("Only some layers are computed again where a device goes through all of them.")
+    if shape is not None and layout.recomputed >= shape.layers:
+        return tr(
+            "The model has {count} layers; all are computed again with --set limits.checkpointing=true",
+            count=shape.layers,
+        )
+    return None
+
+
+def _layers_from_ram_are_computed_twice(case: Case) -> str | None:
+    if not trains_from_ram(case.layout) or case.layout.activations == "recompute":
+        return None
+    return tr("Layers whose weights come from RAM are computed twice: they are not kept in between.")
 
 
 def _disk_keeps_frozen_layers(case: Case) -> str | None:
@@ -384,6 +413,8 @@ RULES: tuple[Rule, ...] = (
     _offloaded_optimizer_is_adamw,
     _adapters_need_no_offload,
     _activations_go_somewhere,
+    _some_layers_are_recomputed,
+    _layers_from_ram_are_computed_twice,
     _disk_keeps_frozen_layers,
     _fused_layers_are_known,
     _eight_bits_need_units,
@@ -438,6 +469,7 @@ def arrangements(wish: str, count: int, group: int | None = None) -> Iterator[Ar
 def _all_arrangements(count: int, group: int | None) -> Iterator[Arrangement]:
     yield Arrangement("single")
     yield Arrangement("single", DISK)
+    yield Arrangement("single", "offload")
     if count < 2:  # shown as illegal, with the reason
         yield from (Arrangement(name) for name in ("ddp", "fsdp", "pipeline", "model_parallel", "tensor", *ZERO))
         return
@@ -469,9 +501,14 @@ def ways(recipe: Recipe) -> Iterator[tuple[MethodKind, Base]]:
 
 def activation_policies(recipe: Recipe, arithmetic: Arithmetic = "plain") -> tuple[Activations, ...]:
     """What may be done with activations: what the recipe pins, else all, the faster one first."""
-    pinned = recipe.limits.checkpointing
+    limits = recipe.limits
     kept: tuple[Activations, ...] = ("keep",) if arithmetic in ("plain", "16bit") else ("keep", "keep8")
-    return (*kept, "recompute") if pinned is None else ("recompute",) if pinned else kept
+    if limits.offload_activations:
+        return ("offload",)
+    if limits.checkpointing is False or limits.recomputed_layers is not None:
+        return kept
+    again: tuple[Activations, ...] = ("recompute",) if limits.offload_activations is False else ("recompute", "offload")
+    return again if limits.checkpointing else (*kept, *again)
 
 
 def arithmetic_for(recipe: Recipe, layout: Layout, device: Device | None, shape: ModelShape) -> Arithmetic:

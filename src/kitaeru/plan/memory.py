@@ -13,6 +13,8 @@ from kitaeru.plan import fused
 from kitaeru.plan.activations import (
     activation_bytes,
     cast_bytes,
+    input_bytes,
+    last_norm_bytes,
     one_layer_bytes,
     recomputed_layer_bytes,
 )
@@ -106,7 +108,10 @@ def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> tup
     else:
         norm, layer = 22 * h, 6 * f + 7 * h if layout.base == "none" else 2 * f + 2 * h
     if fused.is_fused(layout):
-        return tokens * norm, fused.workspace_bytes(layout, shape, lora)
+        whole = tokens * norm
+        if tokens > fused.MLP_TOKENS:  # in pieces; the gradients of all, in 16 bits, before they are put together
+            whole = fused.MLP_TOKENS * norm + tokens * 6 * h
+        return whole, fused.workspace_bytes(layout, shape, lora)
     wide = max(linear.weights for linear in shape.linears())
     unpacked = {"none": 0, "nf4": c, "int8": c + 1}[layout.base]
     if packs_experts(layout.base, shape):
@@ -176,23 +181,38 @@ def moments(
     gradients = 4 * trained_parameters(layout, shape, setting.lora)
     held = gradients if setting.accumulates else 0
     casts = cast_bytes(layout, shape, setting.lora)
-    passing = layout.activations == "recompute" and not fused.is_fused(layout)
-    still_cast = casts // max(1, shape.layers) if passing else casts
+    some, layers = layout.again(shape.layers), max(1, shape.layers)
+    still_cast = casts
+    if some and not fused.is_fused(layout):
+        still_cast = min(casts, casts * (layers - some + 1) // layers)
     again = recomputed_layer_bytes(layout, shape, setting)
     kept = int(activation_bytes(layout, shape, setting) * sets)
-    norm, layer = workspace_bytes(layout, shape, setting.lora)
-    # A trained head's gradient: the saved one and its product with the upstream gradient, beside what accumulates.
-    trained_head = 8 * shape.vocab * shape.hidden if head and trains_all(layout) else 0
-    last = one_layer_bytes(layout, shape, setting)
+    norm, layer = workspace_bytes(layout.of_kept, shape, setting.lora)
+    # A trained head's gradient, beside what accumulates; where it is the input table too, that one's.
+    trained_head = 4 * shape.vocab * shape.hidden if head and trains_all(layout) else 0
+    table = trained_head if shape.tied else 0
+    last = one_layer_bytes(layout.of_again, shape, setting)
     start = {"gradients": held, "weight_casts": still_cast, "head": trained_head}
     with_head = [
         {"gradients": held, "weight_casts": casts, "activations": kept, "head": head_bytes(layout, shape)},
         {**start, "activations": kept, "workspace": norm},
     ]
+    later = []
+    if 0 < some < layers:  # the first layers are computed again, when those that were kept are through
+        computed = workspace_bytes(layout.of_again, shape, setting.lora)[1]
+        there = held or gradients * (layers - some) // layers
+        inputs = some * input_bytes(layout, shape)
+        later = [{"gradients": there, "activations": inputs + again, "workspace": computed}]
+        again = 0
+    if fused.is_fused(layout):  # by then what the last norm kept is gone; beside a kept layer the stream is there twice
+        gone = last_norm_bytes(layout, shape) - (0 if again else input_bytes(layout, shape))
+        again -= int(gone * sets)
     return [
         *(with_head if head else ()),
-        {**start, "activations": kept + again, "workspace": layer, "head": trained_head // 2},
+        {**start, "activations": kept + again, "workspace": layer},
+        *later,
         {"gradients": gradients, "activations": last, "workspace": layer},
+        {"gradients": gradients, "head": table},
         {"gradients": gradients, "workspace": _step_workspace(layout, shape, setting)},
     ]
 

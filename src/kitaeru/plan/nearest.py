@@ -112,12 +112,19 @@ def _changes(problem: Problem) -> Iterator[Change]:
     if recipe.limits.checkpointing is False:
         loose["limits.checkpointing"] = True
         yield dict(loose)
+    if recipe.limits.recomputed_layers is not None:
+        loose["limits.recomputed_layers"] = problem.shape.layers - 1
+        yield dict(loose)
+    if recipe.limits.offload_activations is False and problem.device is not None:
+        loose["limits.offload_activations"] = True
+        loose.pop("limits.recomputed_layers", None)
+        yield dict(loose)
     if recipe.limits.micro_batch_tokens is not None and recipe.limits.micro_batch_tokens > problem.longest:
         loose["limits.micro_batch_tokens"] = problem.least_micro_batch
         yield dict(loose)
     lengths = [{"data.seq_len": length} for length in _shorter(problem.longest)]
     methods: list[Change] = []
-    if recipe.method in ("full", "pretrain") and recipe.train.optimizer == "adamw":
+    if recipe.method in ("full", "pretrain") and recipe.train.optimizer in ("auto", "adamw"):
         methods.append({"train.optimizer": "adamw_8bit"})
     if recipe.method == "full":
         methods.append({"method": "lora"})

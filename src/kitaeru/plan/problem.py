@@ -8,9 +8,10 @@ from kitaeru.errors import PlanError
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import tr
 from kitaeru.plan.decide import Schedule, longest_example, schedule
+from kitaeru.plan.host import host_items
 from kitaeru.plan.layouts import precision_for
 from kitaeru.plan.memory import device_overhead_bytes
-from kitaeru.plan.stored import Setting
+from kitaeru.plan.stored import Setting, trains_from_ram
 from kitaeru.plan.types import DataFacts, Layout, Precision
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
@@ -118,14 +119,23 @@ def setting_of(problem: Problem, layout: Layout) -> Setting:
     """What the bytes of a layout depend on beside it."""
     version = problem.hardware.versions.get("torch", "").split("+")[0].split(".")[:2]
     known = tuple(int(part) for part in version if part.isdigit())
-    return Setting(
+    setting = Setting(
         lora=problem.recipe.lora,
-        optimizer=problem.recipe.train.optimizer,
+        optimizer="adamw" if problem.recipe.train.optimizer == "auto" else problem.recipe.train.optimizer,
         attention=problem.recipe.model.attention,
         accumulates=layout.micro_batch_tokens * layout.replicas < global_tokens(problem),
         longest=problem.longest,
         repeats_keys=known < GROUPED_PACKED_ATTENTION,
     )
+    if problem.recipe.train.optimizer != "auto" or not trains_from_ram(layout):
+        return setting
+    wide = sum(host_items(layout, problem.shape, setting).values()) * (1 + MARGIN)
+    return setting if wide <= problem.hardware.host_free_bytes else replace(setting, optimizer="adamw_16bit")
+
+
+def needed_per_byte(layout: Layout) -> float:
+    """What must be free for one more byte of a predicted peak."""
+    return 1 + (CPU_MARGIN if layout.device == "cpu" else MARGIN)
 
 
 def needed_bytes(layout: Layout, peak: int) -> int:

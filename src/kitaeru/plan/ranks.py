@@ -11,10 +11,19 @@ from dataclasses import dataclass, replace
 
 from kitaeru.plan.activations import one_layer_bytes
 from kitaeru.plan.deepspeed import BUCKET_NUMBERS
+from kitaeru.plan.from_ram import device_moments
 from kitaeru.plan.layouts import SHARDED, ZERO
 from kitaeru.plan.memory import CPU_PROCESS_BYTES, ITEMS, head_bytes, moments, stored_items, workspace_bytes
 from kitaeru.plan.pipeline import in_flight
-from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters, trains_all, weight_bytes
+from kitaeru.plan.stored import (
+    Setting,
+    compute_bytes,
+    residual_bytes,
+    trained_parameters,
+    trains_all,
+    trains_from_ram,
+    weight_bytes,
+)
 from kitaeru.plan.types import Layout
 from kitaeru.shape import ModelShape
 
@@ -83,10 +92,13 @@ def _shortened(shape: ModelShape, layers: int, first: bool, last: bool) -> Model
 def rank_moments(layout: Layout, shape: ModelShape, setting: Setting, rank: int, micro_batches: int) -> list[Items]:
     """Bytes by item on one rank of a replica at each moment of a step that may be its fullest."""
     part = part_of(layout, shape, rank, micro_batches)
-    stored = stored_items(layout, part.shape, setting)
-    passing = moments(layout, part.shape, setting, sets=part.sets, head=part.head)
-    every = [{**stored, **moment} for moment in passing]
-    if layout.devices > 1:
+    if trains_from_ram(layout):
+        every = device_moments(layout, shape, setting)
+    else:
+        stored = stored_items(layout, part.shape, setting)
+        passing = moments(layout, part.shape, setting, sets=part.sets, head=part.head)
+        every = [{**stored, **moment} for moment in passing]
+    if layout.devices > 1 and not trains_from_ram(layout):
         every = [_shared(layout, shape, setting, moment, last=i == len(every) - 1) for i, moment in enumerate(every)]
     if layout.device == "cpu":
         every = [{**moment, "process": CPU_PROCESS_BYTES} for moment in every]
@@ -135,8 +147,7 @@ def _divided(layout: Layout, shape: ModelShape, setting: Setting, moment: Items,
         if trains_all(layout):
             shared.pop("optimizer", None)
             shared.pop("gradients", None)
-            if layout.strategy in ZERO:  # the largest gradient, on its way to RAM
-                shared["communication"] += 4 * shape.vocab * shape.hidden
+            shared["communication"] += 4 * shape.vocab * shape.hidden  # the largest gradient, on its way to RAM
         if layout.variant == "offload-all" or layout.strategy == "fsdp":
             shared["weights"] = 0
     return shared
@@ -205,7 +216,9 @@ def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, 
         head_bytes(replace(layout, method="lora"), part.shape) if part.head else 0,
     )
     gathered = max(moment.get("gathered", 0) for moment in every)
-    if layout.strategy == "fsdp":
+    if trains_from_ram(layout):  # a layer is read in 32 bits, and the next one
+        packed += LAYERS_GATHERED * layer_weight_bytes(layout, shape)[0]
+    elif layout.strategy == "fsdp":
         packed += gathered_bytes(replace(layout, variant=""), shape)
     elif layout.strategy == "tensor":
         packed += LAYERS_GATHERED * layer_weight_bytes(layout, shape)[0]

@@ -63,11 +63,9 @@ PCIE_NO_P2P = Factor(0.31, 0.25, 0.40, N_("published: 8 to 12 of 32 GB/s through
 NVLINK = Factor(0.80, 0.65, 0.90, N_("published: 101.6 of 112.5 GB/s both ways for a pair of GA102"))
 NETWORK = Factor(0.80, 0.50, 0.95, N_("an estimate: what a stream keeps of an interface's rate"))
 # Seconds of the host for one operation of eager PyTorch, and for what surrounds a micro-batch and a step.
-HOST_OPERATION = Factor(
-    30e-6, 45e-6, 12e-6, "fitted to 160 ms for a step of two micro-batches of an 8-layer model, H100"
-)
-HOST_MICRO_BATCH = Factor(10e-3, 20e-3, 4e-3, N_("same measurement"))
-HOST_STEP = Factor(40e-3, 70e-3, 15e-3, N_("same measurement"))
+HOST_OPERATION = Factor(20e-6, 35e-6, 10e-6, N_("two machines with an H100: 20 and 26 microseconds"))
+HOST_MICRO_BATCH = Factor(2e-3, 10e-3, 1e-3, N_("H100, fitted to 50 points of benchmarks/planner_grid.py"))
+HOST_STEP = Factor(14e-3, 40e-3, 7e-3, N_("same measurement"))
 HOST_MEMORY_GB_S = Factor(40.0, 25.0, 120.0, N_("two channels of DDR4 to eight; not probed"))
 CPU_FLOPS_PER_CORE = {
     "fp32": Factor(60e9, 15e9, 130e9, N_("one core with AVX2 or AVX-512 in fp32; estimate")),

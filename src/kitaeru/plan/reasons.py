@@ -10,8 +10,9 @@ from kitaeru.plan.decide import decide_seq_len
 from kitaeru.plan.layouts import illegal, waits_to_be_asked
 from kitaeru.plan.memory import memory_items
 from kitaeru.plan.problem import GB, Problem, free_bytes, global_tokens, needed_bytes, setting_of
-from kitaeru.plan.stored import compute_bytes, packs_experts, trained_parameters, trains_all
+from kitaeru.plan.stored import compute_bytes, packs_experts, trained_parameters, trains_all, trains_from_ram
 from kitaeru.plan.types import Candidate, Decision, Layout
+from kitaeru.recipe.types import Optimizer
 
 
 def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
@@ -28,13 +29,21 @@ def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
         yield Decision("train.arithmetic", layout.arithmetic, _why_arithmetic(problem, layout))
     if recipe.method == "auto":
         yield Decision("method", layout.method, _why_method(problem, layout))
+    if recipe.train.optimizer == "auto":
+        optimizer = setting_of(problem, layout).optimizer
+        yield Decision("train.optimizer", optimizer, _why_optimizer(problem, chosen, optimizer))
     if recipe.model.quantize == "auto":
         yield Decision("model.quantize", layout.base, _why_base(layout))
     if recipe.limits.micro_batch_tokens is None:
         yield Decision("limits.micro_batch_tokens", layout.micro_batch_tokens, _why_micro(problem, chosen))
     if recipe.limits.checkpointing is None:
-        recompute = layout.activations == "recompute"
-        yield Decision("limits.checkpointing", recompute, _why_activations(problem, chosen))
+        again = layout.again(problem.shape.layers)
+        why = _why_activations(problem, chosen)
+        yield Decision("limits.checkpointing", again > 0, why)
+        if layout.recomputed and recipe.limits.recomputed_layers is None:
+            yield Decision("limits.recomputed_layers", layout.recomputed, why)
+    if layout.activations == "offload" and recipe.limits.offload_activations is None:
+        yield Decision("limits.offload_activations", True, _why_offload(chosen))
     if recipe.limits.threads is None and layout.device == "cpu":
         cores = problem.hardware.cpu_cores
         if layout.devices == 1:
@@ -78,6 +87,18 @@ def _why_method(problem: Problem, layout: Layout) -> str:
     return tr("The base needs {size:.3g} GB unquantised, which leaves too little room; 4 bits fit.", size=weights)
 
 
+def _why_optimizer(problem: Problem, chosen: Candidate, optimizer: Optimizer) -> str:
+    if optimizer == "adamw":
+        return tr("AdamW with both moments in 32 bits.")
+    return tr(
+        "AdamW's moments are held in 16 bits, rounded by chance so that small changes add up: in 32 bits everything "
+        "would take {wide:.0f} GB of RAM, and {free:.0f} GB are free; so it takes {size:.0f} GB.",
+        wide=(chosen.host_bytes + chosen.host.get("optimizer", 0)) / GB,
+        free=problem.hardware.host_free_bytes / GB,
+        size=chosen.host_bytes / GB,
+    )
+
+
 def _why_base(layout: Layout) -> str:
     if layout.base == "nf4":
         return tr("QLoRA stores the frozen base in 4 bits.")
@@ -118,11 +139,19 @@ def _why_arithmetic(problem: Problem, layout: Layout) -> str:
 
 
 def _why_activations(problem: Problem, chosen: Candidate) -> str:
-    if chosen.layout.activations == "keep":
+    layout, shape = chosen.layout, problem.shape
+    if layout.activations == "keep" and not layout.recomputed:
         kept = chosen.memory.get("activations", 0) / GB
         return tr("Everything the backward pass needs fits ({size:.1f} GB), so nothing is computed twice.", size=kept)
-    items = memory_items(replace(chosen.layout, activations="keep"), problem.shape, setting_of(problem, chosen.layout))
-    if chosen.layout.activations == "keep8":
+    items = memory_items(replace(layout, activations="keep", recomputed=0), shape, setting_of(problem, layout))
+    if layout.recomputed:
+        return tr(
+            "Keeping everything would take {size:.1f} GB, so {count} of {layers} layers are computed twice instead.",
+            size=sum(items.values()) / GB,
+            count=layout.recomputed,
+            layers=shape.layers,
+        )
+    if layout.activations == "keep8":
         return tr(
             "Gate and up are kept in 8 bits, so nothing is computed twice; in full it would take {size:.1f} GB.",
             size=sum(items.values()) / GB,
@@ -130,6 +159,16 @@ def _why_activations(problem: Problem, chosen: Candidate) -> str:
     return tr(
         "Keeping everything would take {size:.1f} GB, so layers are computed twice instead.",
         size=sum(items.values()) / GB,
+    )
+
+
+def _why_offload(chosen: Candidate) -> str:
+    wait = chosen.speed.parts.get("offload", 0.0) / chosen.speed.step_seconds if chosen.speed else 0.0
+    return tr(
+        "What goes into each layer waits in RAM ({size:.1f} GB): on the device it would not fit, or only with smaller "
+        "micro-batches. The copies cost {share:.0%} of the time.",
+        size=chosen.host.get("activations", 0) / GB,
+        share=wait,
     )
 
 
@@ -155,6 +194,8 @@ def why_chosen(problem: Problem, chosen: Candidate, link: str = "", faster: Cand
         *_speed_sentences(chosen),
         *_arithmetic_sentences(layout),
         *_sharing_sentences(problem, chosen, link),
+        *([_why_offload(chosen)] if layout.activations == "offload" else []),
+        *_ram_sentences(problem, chosen),
     ]
     if faster is not None and faster.layout.method != layout.method and faster.layout.base == "nf4":
         sentences.append(
@@ -229,9 +270,34 @@ def _sharing_sentences(problem: Problem, chosen: Candidate, link: str) -> Iterat
             copies=layout.devices // layout.shards,
             size=layout.shards,
         )
-    if layout.strategy == "fsdp" and layout.variant == "offload":
-        size = sum(chosen.host.get(name, 0) for name in ("weights", "optimizer", "gradients")) / GB
+    if layout.strategy == "fsdp" and layout.variant == "offload" and not trains_all(layout):
+        size = chosen.host.get("weights", 0) / GB
         yield tr("What is cut lies in RAM ({size:.0f} GB) and comes to the devices layer by layer.", size=size)
+
+
+def _ram_sentences(problem: Problem, chosen: Candidate) -> Iterator[str]:
+    """What full training keeps in RAM, and what of a step goes there."""
+    layout, speed = chosen.layout, chosen.speed
+    if not trains_from_ram(layout) or layout.device == "cpu" or speed is None:
+        return
+    items = {name: chosen.host.get(name, 0) / GB for name in ("weights", "gradients", "optimizer")}
+    yield tr(
+        "Weights ({weights:.0f} GB), gradients ({gradients:.0f} GB) and moments ({optimizer:.0f} GB) lie in RAM; with "
+        "all else {all:.0f} GB of {free:.0f} GB that are free. Layers come to the device one at a time.",
+        **items,
+        all=chosen.host_bytes / GB,
+        free=problem.hardware.host_free_bytes / GB,
+    )
+    yield tr(
+        "Of a step of {seconds:.1f} s the optimizer takes {optimizer:.1f} s on the CPU, and {waits:.1f} s are waited "
+        "for copies; a larger train.global_batch_tokens makes that count less.",
+        seconds=speed.step_seconds,
+        optimizer=speed.parts.get("optimizer", 0.0),
+        waits=speed.parts.get("offload", 0.0),
+    )
+    optimizer = setting_of(problem, layout).optimizer
+    if optimizer == "adamw_16bit" and problem.recipe.train.optimizer == "auto":
+        yield _why_optimizer(problem, chosen, optimizer)
 
 
 def why_lost(problem: Problem, rival: Candidate, chosen: Candidate | None) -> str:

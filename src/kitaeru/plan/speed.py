@@ -16,11 +16,12 @@ from kitaeru.i18n import N_
 from kitaeru.plan import fused
 from kitaeru.plan.activations import offloaded_bytes
 from kitaeru.plan.calibrate import AttentionKind, Profile
+from kitaeru.plan.from_ram import Traffic, layer_seconds, step_seconds
 from kitaeru.plan.layouts import DISK, SHARDED, ZERO
 from kitaeru.plan.pipeline import balanced_cuts, orders, simulate
 from kitaeru.plan.ranks import layer_weight_bytes, part_of
 from kitaeru.plan.rates import LinkRates, Rates, cpu_rates, device_rates, link_rates
-from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters, trains_all
+from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters, trains_all, trains_from_ram
 from kitaeru.plan.types import Layout, Speed
 from kitaeru.plan.work import (
     Work,
@@ -34,6 +35,8 @@ from kitaeru.shape import ModelShape
 
 # Where launching and computing take equally long, neither hides all of the other.
 UNHIDDEN = 0.15
+# Widths of heads that cuDNN's kernel for examples of one length takes (`kernels.packed_attention`).
+EVEN_HEADS = (64, 128)
 # A simulated step has at most this many micro-batches; more follow the same beat.
 SIMULATED = 48
 # What one NVMe disk gives in large pieces; a layer read a moment ago comes from RAM where there is room, and faster.
@@ -167,7 +170,9 @@ def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, hea
     tokens = layout.micro_batch_tokens
     inner = [(linear.count * linear.weights, linear.weights**0.5) for linear in shape.linears()]
     table = shape.vocab * shape.hidden
-    kind: AttentionKind = ("even" if load.even else "fused") if fused.is_fused(layout) else "attention"
+    kind: AttentionKind = "attention"
+    if fused.is_fused(layout):
+        kind = "even" if load.even and shape.head_dim in EVEN_HEADS else "fused"
     inside = rates.sized(tokens, inner, load.typical, kind)
     outside = rates.sized(tokens, [(table, table**0.5)], load.typical) if head and table else rates
     return Layer(
@@ -175,6 +180,16 @@ def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, hea
         took(layer_backward(layout, shape, load.setting, load.typical), inside),
         took(head_forward(layout, shape), outside) if head else NOTHING,
     )
+
+
+def _average_layer(layout: Layout, shape: ModelShape, load: Load, rates: Rates) -> Layer:
+    """A layer of a model in which some compute again what others keep."""
+    kept = layer_on(layout.of_kept, shape, load, rates)
+    if not layout.recomputed:
+        return kept
+    share = layout.again(shape.layers) / shape.layers
+    again = layer_on(layout.of_again, shape, load, rates)
+    return replace(kept, backward=kept.backward.times(1 - share) + again.backward.times(share))
 
 
 def cuts_for(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> tuple[int, ...]:
@@ -214,7 +229,7 @@ def _whole(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) 
     held = part_of(layout, shape, 0, count).shape
     steps = []
     for rates in dict.fromkeys(at.devices):
-        layer = layer_on(layout, held, load, rates)
+        layer = _average_layer(layout, held, load, rates)
         # Tensor-parallel devices have the whole head, each for a part of the tokens.
         head = layer.head.times(1 / layout.ranks_per_replica if layout.strategy == "tensor" else 1.0)
         micro = (layer.forward + layer.backward).times(shape.layers) + head
@@ -244,12 +259,17 @@ def _layer_waits(
         once = _sum_seconds(layout.ranks_per_replica, at.within, sent)
         # Two sums forward, two backward; what is computed again stops before its last one. One more is the head's.
         return {"communication": (shape.layers * (5 if layout.activations == "recompute" else 4) + 1) * once}
-    found = _activation_waits(layout, shape, load, rates, forward, backward)
+    found = _activation_waits(layout, shape, rates, forward, backward)
     if layout.variant == DISK:
         weights, _ = layer_weight_bytes(replace(layout, variant=""), shape)
         # The system reads ahead while a layer computes; the copy from its cache to the device is waited for.
         once, copied = weights / DISK_BYTES_S, weights / rates.host_copy
         found["offload"] = shape.layers * sum(copied + max(0.0, once - passes) for passes in (forward, backward))
+    if trains_from_ram(layout):
+        up, back = layer_seconds(layout, shape, _traffic(layout, at, rates))
+        # The first layer's weights are waited for, and the last one's gradients.
+        waits = (shape.layers - 1) * (max(0.0, up - forward) + max(0.0, back - backward)) + up + back
+        return {**found, "offload": waits}
     if layout.strategy not in ("fsdp", *ZERO):
         return found
     weights, tables = layer_weight_bytes(layout, shape)
@@ -278,7 +298,7 @@ def _layer_waits(
 
 
 def _activation_waits(
-    layout: Layout, shape: ModelShape, load: Load, rates: Rates, forward: float, backward: float
+    layout: Layout, shape: ModelShape, rates: Rates, forward: float, backward: float
 ) -> dict[str, float]:
     """What a micro-batch waits for its activations to go to RAM and to come back, a layer at a time behind its
     computation; all devices copy at once and share the host's memory.
@@ -286,8 +306,13 @@ def _activation_waits(
     if layout.activations != "offload":
         return {}
     copied = min(rates.host_copy, rates.host_memory / layout.devices)
-    once = offloaded_bytes(layout, shape, load.setting) / shape.layers / copied
+    once = offloaded_bytes(layout, shape) / shape.layers / copied
     return {"offload": shape.layers * (max(0.0, once - forward) + max(0.0, once - backward))}
+
+
+def _traffic(layout: Layout, at: Pace, rates: Rates) -> Traffic:
+    """What copies run at: all devices' at once share the host's memory."""
+    return Traffic(min(rates.host_copy, rates.host_memory / layout.devices), rates.host_memory, at.within.bytes_s)
 
 
 def _end_of_step(
@@ -297,10 +322,12 @@ def _end_of_step(
     trained = float(trained_parameters(layout, shape, load.setting.lora))
     if layout.strategy == "tensor":
         return _end_of_tensor_step(layout, shape, load, at, trained, rates)
+    if trains_from_ram(layout):
+        updating, tables = step_seconds(layout, shape, load.setting, _traffic(layout, at, rates))
+        return {"optimizer": updating, "offload": tables}, {}
     moved = optimizer_bytes_moved(layout, trained, load.setting.optimizer)
     if layout.variant.startswith("offload") and trains_all(layout):
-        # FSDP fetches what was updated layer by layer.
-        updated = 0.0 if layout.strategy == "fsdp" else 4 * trained / layout.devices / rates.host_copy
+        updated = 4 * trained / layout.devices / rates.host_copy
         return {"offload": moved / rates.host_memory + updated}, {}
     adapter_on_all = layout.strategy == "ddp" or (layout.strategy == "fsdp" and not trains_all(layout))
     shared = layout.shared_by if layout.strategy in ("fsdp", *ZERO) and not adapter_on_all else 1

@@ -45,6 +45,13 @@ def trains_all(layout: Layout) -> bool:
     return layout.method in ("full", "pretrain")
 
 
+def trains_from_ram(layout: Layout) -> bool:
+    """Whether every weight is trained and lies in RAM with its gradient and moments, and layers come to the devices one
+    at a time (parallel.offload).
+    """
+    return layout.variant == "offload" and layout.strategy in ("single", "fsdp") and trains_all(layout)
+
+
 def residual_bytes(layout: Layout) -> int:
     """Bytes of one number in the stream between the layers: 32 bits under autocast, else the arithmetic's own."""
     return 4 if trains_all(layout) else compute_bytes(layout)
@@ -178,9 +185,9 @@ def _from_disk(layout: Layout, shape: ModelShape, width: int) -> tuple[int, int]
 def optimizer_bytes(optimizer: Optimizer, layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """The optimizer's state on the device.
 
-    AdamW keeps two 32-bit moments; 8-bit AdamW two bytes a number and a 32-bit scale per 256; Lion one moment;
-    Adafactor a row and a column of each matrix. A paged optimizer's state lies in memory the driver moves, not in the
-    allocator's.
+    AdamW keeps two 32-bit moments, or two in 16 bits; 8-bit AdamW two bytes a number and a 32-bit scale per 256; Lion
+    one moment; Adafactor a row and a column of each matrix. A paged optimizer's state lies in memory the driver moves,
+    not in the allocator's.
 
     >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
     >>> layout = Layout("single", "lora", "none", "bf16", "keep", 4096, "cuda")
@@ -188,8 +195,10 @@ def optimizer_bytes(optimizer: Optimizer, layout: Layout, shape: ModelShape, lor
     335544320
     """
     count = trained_parameters(layout, shape, lora)
-    if optimizer == "adamw":
+    if optimizer in ("auto", "adamw"):
         return 8 * count
+    if optimizer == "adamw_16bit":
+        return 4 * count
     if optimizer == "lion":
         return 4 * count
     if optimizer == "adamw_8bit":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +12,18 @@ from kitaeru.files import write_json
 from kitaeru.i18n import tr
 from kitaeru.recipe.types import Recipe
 
+# What becomes of what a layer's backward pass needs: it is kept, gate and up in 8 bits or not; computed again from the
+# layer's input; or computed again from an input that waits in the host's memory.
 Activations = Literal["keep", "keep8", "recompute", "offload"]
 Arithmetic = Literal["plain", "16bit", "fp8", "int8"]
 Base = Literal["none", "nf4", "int8"]
 Precision = Literal["bf16", "fp16", "fp32"]
 MethodKind = Literal["full", "lora", "qlora", "pretrain"]
+
+
+def policy_name(activations: str, recomputed: int) -> str:
+    """What is done with activations, in a word: `keep`, or `keep8-recompute12` where some layers are not kept."""
+    return f"{activations}-recompute{recomputed}" if recomputed else activations
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Layout:
     `cuts` are the layers of each pipeline stage in the model's order; a rank with `chunks` stages holds every
     (devices/replicas)-th of them.
     `arithmetic`: of the frozen products; but for `plain`, a layer is one fused operation (`plan.fused`), whose gate and
-    up `keep8` keeps in 8 bits.
+    up `keep8` keeps in 8 bits. `recomputed`: so many of the first layers compute again what the others `keep`.
     """
 
     strategy: str
@@ -47,6 +54,26 @@ class Layout:
     cuts: tuple[int, ...] = ()
     arithmetic: Arithmetic = "plain"
     shards: int = 0
+    recomputed: int = 0
+
+    def again(self, layers: int) -> int:
+        """How many of so many layers are computed again in their backward pass."""
+        return layers if self.activations in ("recompute", "offload") else min(self.recomputed, layers)
+
+    @property
+    def of_kept(self) -> Layout:
+        """The same with every layer as those are that keep everything."""
+        return replace(self, recomputed=0) if self.recomputed else self
+
+    @property
+    def of_again(self) -> Layout:
+        """The same with every layer as those are that are computed again."""
+        return replace(self, recomputed=0, activations="recompute") if self.recomputed else self
+
+    @property
+    def policy(self) -> str:
+        """What is done with activations, in a word."""
+        return policy_name(self.activations, self.recomputed)
 
     @property
     def shared_by(self) -> int:
@@ -82,7 +109,7 @@ class Layout:
     def name(self) -> str:
         """A short name for tables, for example `single/qlora/keep/4096`."""
         arithmetic = "" if self.arithmetic == "plain" else f"/{self.arithmetic}"
-        return f"{self.way}/{self.method}{arithmetic}/{self.activations}/{self.micro_batch_tokens}"
+        return f"{self.way}/{self.method}{arithmetic}/{self.policy}/{self.micro_batch_tokens}"
 
 
 @dataclass(frozen=True)

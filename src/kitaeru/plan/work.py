@@ -26,7 +26,7 @@ from kitaeru.shape import ModelShape
 # A 4-bit weight is read (half a byte) and written (2 bytes); an 8-bit one read and written.
 UNPACKED_BYTES = {"none": 0.0, "nf4": 2.5, "int8": 3.0}
 # Bytes moved for a trained number: weight, gradient, moments, read and written, and the clipping's norm.
-ADAMW_BYTES = {"adamw": 40, "adamw_8bit": 22, "paged_adamw_8bit": 26, "lion": 28, "adafactor": 40}
+ADAMW_BYTES = {"adamw": 40, "adamw_16bit": 32, "adamw_8bit": 22, "paged_adamw_8bit": 26, "lion": 28, "adafactor": 40}
 CPU_ADAMW_BYTES = 28
 # A layer that is computed again leaves its last product out, the MLP's way down.
 FUSED_AGAIN = 0.75
@@ -57,6 +57,10 @@ class Work:
         return self.gemm + self.eight + self.skinny + self.grouped + self.attention_forward + self.attention_backward
 
 
+# Of the bytes that small kernels read and write, those that do not come from the cache of the kernel before; what a
+# layer's operations cost the host when it is computed again, with a hook for each tensor kept, of what they cost
+# at first. Both fitted to 50 points on an H100 (benchmarks/results/planner-grid-h100.csv), as are the operations.
+UNCACHED, OPERATIONS_AGAIN = 0.8, 2.8
 _NAMES = tuple(Work.__dataclass_fields__)
 
 
@@ -75,7 +79,7 @@ def layer_forward(layout: Layout, shape: ModelShape, setting: Setting, typical: 
     >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda")
     >>> work = layer_forward(layout, llama, Setting(LoraSection()), 2048)
     >>> round(work.gemm / 4096 / 1e9, 3), round(work.eager / 4096 / 1e6, 2)
-    (0.436, 1.57)
+    (0.436, 1.26)
     """
     if fused.is_fused(layout):
         return _fused_pass(layout, shape, setting, typical, forward=True)
@@ -86,34 +90,42 @@ def layer_forward(layout: Layout, shape: ModelShape, setting: Setting, typical: 
         skinny=2 * tokens * _adapter_size(layout, shape, setting),
         grouped=2 * tokens * _active_expert_weights(shape),
         attention_forward=4 * shape.q_size * seen_tokens(shape, typical) * tokens,
-        eager=tokens * _eager_bytes(layout, shape, setting, forward=True),
-        stream=_weight_traffic(layout, shape, forward=True),
+        eager=tokens * UNCACHED * _eager_bytes(layout, shape, setting, forward=True),
+        stream=_weight_traffic(layout, shape, setting, forward=True),
         unpacked=_unpacked_bytes(layout, shape),
         operations=_operations(layout, shape, setting),
     )
 
 
 def layer_backward(layout: Layout, shape: ModelShape, setting: Setting, typical: float) -> Work:
-    """One layer's backward pass, with its forward pass again where it is recomputed."""
+    """One layer's backward pass, with its forward pass again where layers are computed again: of a layout in which only
+    some are, `of_kept` and `of_again` are to be asked.
+    """
+    computed = layout.again(shape.layers) > 0
     if fused.is_fused(layout):
         work = _fused_pass(layout, shape, setting, typical, forward=False)
-        again = layer_forward(layout, shape, setting, typical) if layout.activations == "recompute" else Work()
+        again = layer_forward(layout, shape, setting, typical) if computed else Work()
         return work + replace(again, **{kind: getattr(again, kind) * FUSED_AGAIN for kind in ("gemm", "eight")})
     tokens, layers = layout.micro_batch_tokens, shape.layers
     weights, whole = shape.linear_parameters() / layers, trains_all(layout)
     passes = 2 if whole else 1
+    # An adapter on whole experts is trained through the gradient of their weights.
+    experts = 2 if whole or _merges(layout, shape, setting) else 1
     adapters = _adapter_size(layout, shape, setting)
     work = Work(
         gemm=2 * passes * weights * tokens,
         skinny=4 * tokens * adapters,
-        grouped=2 * passes * tokens * _active_expert_weights(shape),
+        grouped=2 * experts * tokens * _active_expert_weights(shape),
         attention_backward=10 * shape.q_size * seen_tokens(shape, typical) * tokens,
-        eager=tokens * _eager_bytes(layout, shape, setting, forward=False),
-        stream=_weight_traffic(layout, shape, forward=False),
+        eager=tokens * UNCACHED * _eager_bytes(layout, shape, setting, forward=False),
+        stream=_weight_traffic(layout, shape, setting, forward=False),
         unpacked=_unpacked_bytes(layout, shape),
         operations=1.8 * _operations(layout, shape, setting),
     )
-    return work + layer_forward(layout, shape, setting, typical) if layout.activations == "recompute" else work
+    if not computed:
+        return work
+    again = layer_forward(layout, shape, setting, typical)
+    return work + replace(again, operations=OPERATIONS_AGAIN * again.operations)
 
 
 def head_forward(layout: Layout, shape: ModelShape) -> Work:
@@ -222,12 +234,22 @@ def _eager_bytes(layout: Layout, shape: ModelShape, setting: Setting, *, forward
     return total + more * ((c * 4 + casts) * inputs + 6 * c * outputs) * (1.0 if forward else 1.2)
 
 
-def _weight_traffic(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
+def _merges(layout: Layout, shape: ModelShape, setting: Setting) -> bool:
+    """Whether an adapter is added to a copy of experts' weights for each pass."""
+    if trains_all(layout):
+        return False
+    return adapts_experts(shape, setting.lora) and not packs_experts(layout.base, shape)
+
+
+def _weight_traffic(layout: Layout, shape: ModelShape, setting: Setting, *, forward: bool) -> float:
     """Bytes of whole weights for one layer, whatever the micro-batch: autocast's 16-bit copies of trained weights,
-    their gradients added up in 32 bits, experts' weights read.
+    their gradients added up in 32 bits, experts' weights read; where adapters are added to a copy of these, the product
+    of the adapter, the sum and its parts, and on the way back the gradient, read for each of the adapter's own.
     """
     weights = (shape.linear_parameters() + shape.expert_parameters()) / shape.layers
-    experts = compute_bytes(layout) * shape.expert_parameters() / shape.layers
+    experts = (
+        compute_bytes(layout) * shape.expert_parameters() / shape.layers * (5 if _merges(layout, shape, setting) else 1)
+    )
     if not trains_all(layout):
         return experts
     casts = 6 if compute_bytes(layout) == 2 else 0
@@ -237,11 +259,11 @@ def _weight_traffic(layout: Layout, shape: ModelShape, *, forward: bool) -> floa
 def _operations(layout: Layout, shape: ModelShape, setting: Setting) -> float:
     """Operations the host launches for one layer's forward pass."""
     linears = len(shape.linears())
-    count = 40.0 + 7 * shape.norms_per_layer / 2 + linears * (2 if trains_all(layout) else 1)
+    count = 64.0 + 11 * shape.norms_per_layer / 2 + linears * (3 if trains_all(layout) else 1.6)
     if not trains_all(layout):
-        count += 8 * len(adapted(shape, setting.lora)) * (2 if setting.lora.dora else 1)
+        count += 13 * len(adapted(shape, setting.lora)) * (2 if setting.lora.dora else 1)
     if layout.base != "none":
-        count += 4 * linears
+        count += 6.4 * linears
     if packs_experts(layout.base, shape):  # one expert after the other: two expansions, two products, and the adapters'
         mixtures = (shape.layers - shape.dense_layers) / shape.layers
         return count + mixtures * (20 + shape.experts * (8 if adapts_experts(shape, setting.lora) else 4))

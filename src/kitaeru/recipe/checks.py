@@ -175,6 +175,26 @@ def wsd_fits(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
         )
 
 
+def what_is_checkpointed_agrees(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
+    """Settings that say how much is computed again, and one that says nothing is."""
+    limits = recipe.limits
+    if limits.offload_activations and limits.recomputed_layers is not None:
+        yield Clash(
+            ("limits.recomputed_layers", "limits.offload_activations"),
+            tr("`offload_activations` computes all layers again, so a number of layers would do nothing"),
+            tr("Remove one of the two."),
+        )
+    if limits.checkpointing is not False:
+        return
+    for path in ("limits.recomputed_layers", "limits.offload_activations"):
+        if value_at(recipe, path):
+            yield Clash(
+                (path, "limits.checkpointing"),
+                tr("nothing is computed again with `checkpointing: false`, so this value would do nothing"),
+                tr("Remove it, or write `checkpointing: true`."),
+            )
+
+
 def split_needs_a_splitting_strategy(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
     """A model is split over devices by some strategies only."""
     splits = recipe.strategy in ("auto", "pipeline", "model_parallel", "tensor", "fsdp")
@@ -222,4 +242,5 @@ RULES: tuple[Rule, ...] = (
     wsd_fits,
     early_stop_needs_validation,
     gpu_only,
+    what_is_checkpointed_agrees,
 )

@@ -17,7 +17,7 @@ Strategy = Literal["auto", "single", "ddp", "fsdp", "pipeline", "model_parallel"
 Quantize = Literal["auto", "none", "nf4", "int8"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Arithmetic = Literal["auto", "plain", "16bit", "fp8", "int8"]
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "adafactor"]
+Optimizer = Literal["auto", "adamw", "adamw_16bit", "adamw_8bit", "paged_adamw_8bit", "lion", "adafactor"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 RowKind = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
@@ -222,8 +222,11 @@ class TrainSection(Section):
         None, ge=1, description=N_("Examples of one optimizer step over all devices, instead of `global_batch_tokens`.")
     )
     optimizer: Optimizer = Field(
-        "adamw",
-        description=N_("`adamw` (fused where torch has it), `adamw_8bit`, `paged_adamw_8bit`, `lion` or `adafactor`."),
+        "auto",
+        description=N_(
+            "`adamw` (fused where torch has it), `adamw_16bit` (moments in 16 bits, for weights that lie in RAM), "
+            "`adamw_8bit`, `paged_adamw_8bit`, `lion` or `adafactor`; `auto`: AdamW, in 16 bits where RAM is short."
+        ),
     )
     beta1: float = Field(0.9, ge=0, lt=1, description=N_("Decay of the first moment (AdamW, Lion)."))
     beta2: float = Field(0.999, ge=0, lt=1, description=N_("Decay of the second moment (AdamW, Lion)."))
@@ -326,6 +329,20 @@ class LimitsSection(Section):
     checkpointing: bool | None = Field(
         None,
         description=N_("Activation (gradient) checkpointing: keep only each layer's input and compute the rest again."),
+    )
+    recomputed_layers: int | None = Field(
+        None,
+        ge=1,
+        description=N_(
+            "Checkpoint so many layers, the first ones, and keep the activations of the others. Default: all of them, or "
+            "as few as fit where the planner decides."
+        ),
+    )
+    offload_activations: bool | None = Field(
+        None,
+        description=N_(
+            "Let the inputs of checkpointed layers wait in pinned RAM: for very long examples. Default: only where it pays."
+        ),
     )
     memory_gb: float | None = Field(None, gt=0, description=N_("Use at most so many GB (10⁹ bytes) of each device."))
     ram_gb: float | None = Field(

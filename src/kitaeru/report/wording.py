@@ -147,10 +147,26 @@ def run_name(started: RunStarted) -> str:
 def layout_text(layout: Layout) -> str:
     """A layout in words, for example "lora · single · bf16 · activations kept · at most 4,096 tokens at once"."""
     base = {"none": "", "nf4": tr("4-bit base"), "int8": tr("8-bit base")}.get(layout.base, layout.base)
-    kept = {"keep": tr("activations kept"), "recompute": tr("activations computed again")}
     tokens = tr("at most {count} tokens at once", count=count_text(layout.micro_batch_tokens))
-    parts = (layout.method, layout.strategy, base, layout.precision, kept.get(layout.activations, ""), tokens)
+    parts = (layout.method, layout.strategy, base, layout.precision, activations_text(layout.policy), tokens)
     return " · ".join(part for part in parts if part)
+
+
+def activations_text(policy: str) -> str:
+    """What is done with activations, in words.
+
+    >>> activations_text("keep8"), activations_text("keep-recompute12")
+    ('activations kept, some in 8 bits', 'activations of 12 layers computed again')
+    """
+    kept, _, count = policy.partition("-recompute")
+    if count:
+        return tr("activations of {count} layers computed again", count=count)
+    return {
+        "keep": tr("activations kept"),
+        "keep8": tr("activations kept, some in 8 bits"),
+        "recompute": tr("activations computed again"),
+        "offload": tr("activations in RAM"),
+    }.get(kept, policy)
 
 
 def stepped_text(event: SteppedDown) -> str:
@@ -160,8 +176,7 @@ def stepped_text(event: SteppedDown) -> str:
     if event.micro_batch_tokens != event.planned_micro_batch_tokens:
         changes.append(tr("micro-batches of {now} tokens instead of {planned}", now=now, planned=planned))
     if event.activations != event.planned_activations:
-        ways = {"recompute": tr("activations computed again"), "offload": tr("activations in RAM")}
-        changes.append(ways.get(event.activations, event.activations))
+        changes.append(activations_text(event.activations))
     return tr(
         "Memory ran out; training goes on with {changes}. A step has as many tokens as before and computes the same.",
         changes=", ".join(changes),

@@ -52,6 +52,17 @@ def test_examples_know_their_tokens_and_origin() -> None:
     assert found.ready("train").length_histogram == {"4": 2}
 
 
+def test_the_ends_of_a_few_examples_end_where_training_does() -> None:
+    found = corpus(["..xx", "....xx..", "...xxxxx", "..x"], [conversation(n) for n in range(4)])
+    assert examples(found.ends(3, 4)) == [
+        (0, [2, 3, 4], ".xx"),
+        (1, [8, 9, 10], ".xx"),
+        (2, [18, 19, 20], ".xx"),
+        (3, [21, 22, 23], "..x"),
+    ]
+    assert [example[2] for example in examples(found.ends(100, 2))] == ["..xx", "...xxxxx"]
+
+
 def test_conversations_are_truncated_and_texts_split() -> None:
     found = corpus(["..xxxx", "xxxxxxx"], [conversation(1), text(2)], seq_len=4)
     # Pieces of a text share one token, so that each token of it is predicted exactly once.

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from kitaeru.engine import eight_bits
 from kitaeru.engine.eight_bits import MOST, settle_eight_bits
 from kitaeru.plan.types import Decision
 
@@ -73,6 +74,20 @@ def test_what_costs_too_much_is_computed_in_16_bits(made, module, wide):
     for layer in run.trainee.fused:
         layer.on = True
     assert run.run() == "finished"
+
+
+def test_of_examples_longer_than_what_is_looked_at_only_the_end_is(made, monkeypatch):
+    run = made(decided=True)
+    longest = int(run.loop.train.lengths.max())
+    monkeypatch.setattr(eight_bits, "TOKENS", longest // 2)
+    seen = []
+    run.trainee.causal_lm.model.register_forward_pre_hook(
+        lambda _, __, options: seen.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    settle_eight_bits(run.loop)
+    assert seen
+    assert max(seen) <= longest // 2
+    assert "Products in 8 bits change the loss by" in run.notices[-1].text
 
 
 def test_a_recipe_that_asks_for_8_bits_gets_them_and_is_told(made):

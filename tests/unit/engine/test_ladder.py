@@ -238,10 +238,10 @@ def test_where_smaller_does_not_help_activations_are_computed_again(wish, in_tmp
     watched(attach)
     train(prepare(wish("run")), [])
     assert losses(in_tmp / "run") == pytest.approx(expected, **FAR)
-    assert [layout.activations for layout in built] == ["keep", "recompute"]
+    assert [layout.policy for layout in built] == ["keep", "keep-recompute1", "recompute"]
     events = list(read(in_tmp / "run" / "events.jsonl"))
     # It was saved after step 3 and goes on from there, not from the checkpoint of step 2.
-    assert [e.resumed_step for e in events if isinstance(e, RunStarted)] == [0, 3]
+    assert [e.resumed_step for e in events if isinstance(e, RunStarted)] == [0, 3, 3]
     last = [e for e in events if isinstance(e, SteppedDown)][-1]
     assert (last.step, last.activations, last.planned_activations) == (3, "recompute", "keep")
     assert Plan.load(in_tmp / "run" / "plan.json").layout.activations == "keep"  # what was planned stays on record

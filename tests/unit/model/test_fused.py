@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kitaeru.kernels.packed_attention import attend, attend_backward, packed_attention_reference
 from kitaeru.kernels.rows import Arithmetic
-from kitaeru.model import attention
+from kitaeru.model import attention, fused
 from kitaeru.model.fused import FusedLayer, fuse, fused_layer, install
 from kitaeru.model.site import UnfitError
 
@@ -86,6 +86,42 @@ def test_in_full_width_it_is_pefts_layer(kind: str, recompute: bool) -> None:
     assert len(got) == 2 + 2 * 2 * 7
     for name in expected:
         assert apart(got[name], expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("arithmetic", ["16bit", "fp8", "int8"])
+def test_an_mlp_in_pieces_is_the_same(arithmetic: Arithmetic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows know nothing of each other: only sums over tokens are added in another order."""
+    model, whole = adapted("qwen3")
+    put_on(model, arithmetic, lambda layer: setattr(layer, "recompute", True))
+    expected = run(model, whole)
+    monkeypatch.setattr(fused, "MLP_TOKENS", 10)
+    seen: list[int] = []
+    gated = fused.gated
+    monkeypatch.setattr(fused, "gated", lambda both, *rest: (seen.append(len(both)), gated(both, *rest))[1])
+    got = run(model, whole)
+    assert seen == [10, 10, 4] * 4  # two layers, forward and again
+    assert got.keys() == expected.keys()
+    for name in expected:
+        assert apart(got[name], expected[name]) < 1e-6, name
+
+
+def test_a_long_row_s_last_norm_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, whole = adapted("llama")
+    monkeypatch.setattr(fused, "MLP_TOKENS", 10)
+    expected = run(model, whole)
+    ids = torch.randint(0, 160, (1, TOKENS))
+    done = fuse(model, "16bit", keep8=False, recompute=2, probe=lambda: model.model(input_ids=ids, **given()))
+    assert [layer.recompute for layer in done.layers] == [True, True]
+    kept: list[tuple[int, ...]] = []
+    norm = model.model.norm
+
+    def see(_: Any, arguments: tuple[Tensor]) -> None:
+        arguments[0].register_hook(lambda gradient: kept.append(tuple(gradient.shape)))
+
+    norm.register_forward_pre_hook(see)
+    got = run(model, whole)
+    assert kept == [(1, TOKENS, 128)]
+    assert all(apart(got[name], expected[name]) < 1e-5 for name in expected)
 
 
 @pytest.mark.parametrize("arithmetic", ["fp8", "int8"])
@@ -175,7 +211,7 @@ def test_fuse_compares_before_it_trusts(monkeypatch: pytest.MonkeyPatch) -> None
     def probe() -> None:
         model.model(input_ids=ids, **given())
 
-    done = fuse(model, "16bit", keep8=False, recompute=False, probe=probe)
+    done = fuse(model, "16bit", keep8=False, probe=probe)
     assert done.why_not is None
     assert [layer.qkv.arithmetic for layer in done.layers] == ["16bit", "16bit"]
     for layer in model.model.layers:
@@ -185,7 +221,7 @@ def test_fuse_compares_before_it_trusts(monkeypatch: pytest.MonkeyPatch) -> None
     made = fused_layer(model.model.layers[1], model.config, "16bit", torch.float32)
     monkeypatch.undo()
     monkeypatch.setattr("kitaeru.model.fused.fused_layer", lambda *_: made)
-    done = fuse(model, "16bit", keep8=False, recompute=False, probe=probe)
+    done = fuse(model, "16bit", keep8=False, probe=probe)
     assert done.why_not is not None
     assert "off by" in done.why_not
     assert all("forward" not in vars(layer) or layer.forward.__name__ == "forward" for layer in model.model.layers)
@@ -200,7 +236,7 @@ def test_a_gradient_that_is_not_finite_is_not_near(monkeypatch: pytest.MonkeyPat
         return dq, dk, dv * float("nan")
 
     monkeypatch.setattr("kitaeru.model.fused.attend_backward", broken)
-    done = fuse(model, "16bit", keep8=False, recompute=False, probe=lambda: model.model(input_ids=ids, **given()))
+    done = fuse(model, "16bit", keep8=False, probe=lambda: model.model(input_ids=ids, **given()))
     assert done.why_not is not None
     assert done.layers == ()
 
@@ -215,7 +251,7 @@ def test_a_layer_that_8_bits_hurt_is_computed_in_16() -> None:
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(model.model.layers[1].self_attn, name).lora_A["default"].weight[:, 3] = 0
     ids = torch.randint(0, 160, (1, TOKENS), generator=torch.Generator().manual_seed(3))
-    done = fuse(model, "int8", keep8=True, recompute=False, probe=lambda: model.model(input_ids=ids, **given()))
+    done = fuse(model, "int8", keep8=True, probe=lambda: model.model(input_ids=ids, **given()))
     assert [layer.qkv.arithmetic for layer in done.layers] == ["int8", "16bit"]
 
 

@@ -16,6 +16,7 @@ ELYZA = "elyza/Llama-3-ELYZA-JP-8B"
 FACTS = DataFacts(examples=5000, tokens=1_500_000, longest=1800, valid_examples=200)
 LAPTOP = parse_gpus("none", "16GB", cores=4)
 A5000 = parse_gpus("2x RTX A5000", "128GB")
+ONE = parse_gpus("RTX A5000", "128GB")
 # The recipe's fields that training needs and a person may leave out.
 FILLED = ("method", "strategy", "model.quantize", "data.seq_len", "train.precision", "train.learning_rate",
           "train.warmup_steps", "train.eval_every", "train.save_every", "limits.device", "limits.micro_batch_tokens",
@@ -98,7 +99,39 @@ def test_activations_are_kept_where_there_is_room() -> None:
     assert plan("Qwen/Qwen3-0.6B").layout.activations == "keep"
     assert plan("codellama/CodeLlama-34b-hf").layout.activations == "keep8"
     plain = {"arithmetic": "plain"}
-    assert plan("codellama/CodeLlama-34b-hf", train=plain).layout.activations == "recompute"
+    assert plan("codellama/CodeLlama-34b-hf", train=plain).layout.policy == "recompute"
+
+
+def test_no_more_layers_are_computed_again_than_it_takes() -> None:
+    def made_with(**limits: Any) -> Plan:
+        return plan("stabilityai/japanese-stablelm-base-gamma-7b", ONE, limits=limits)
+
+    made, all_of_them = made_with(), made_with(checkpointing=True)
+    tokens, count = made.layout.micro_batch_tokens, made.layout.recomputed
+    assert (made.recipe.limits.checkpointing, made.recipe.limits.recomputed_layers) == (True, count)
+    assert made_with(micro_batch_tokens=tokens, recomputed_layers=count).layout == made.layout
+    fewer = made_with(micro_batch_tokens=tokens, recomputed_layers=count - 1)
+    assert (fewer.layout.method, made.layout.method) == ("qlora", "lora")  # the 16-bit base has no room for it
+    assert made.chosen.speed is not None
+    assert all_of_them.chosen.speed is not None
+    assert made.chosen.speed.step_seconds < all_of_them.chosen.speed.step_seconds
+    why = next(d.why for d in made.decisions if d.path == "limits.recomputed_layers")
+    assert f"{count} of 32 layers" in why
+
+
+def test_a_hundred_thousand_tokens_go_through_24_gb() -> None:
+    """What goes into the layers waits in RAM; without that it would not fit by far."""
+    wish = {"method": "qlora", "data": {"train": "d", "seq_len": 102400}, "train": {"global_batch_tokens": 102400}}
+    made = plan(ELYZA, ONE, facts=DataFacts(10, 1024000, 102400), **wish)
+    assert made.layout.name == "single/qlora/int8/offload/102400"
+    assert made.chosen.peak_bytes < 20.5e9
+    assert 26e9 < made.chosen.host["activations"] < 27e9
+    assert made.recipe.limits.offload_activations is True
+    with pytest.raises(PlanError, match="offload_activations=true"):
+        plan(ELYZA, ONE, facts=DataFacts(10, 1024000, 102400), **wish,
+             limits={"offload_activations": False})  # fmt: skip
+    with pytest.raises(PlanError, match="of RAM"):
+        plan(ELYZA, parse_gpus("RTX A5000", "24GB"), facts=DataFacts(10, 1024000, 102400), **wish)
 
 
 def test_a_micro_batch_holds_the_longest_example_and_no_more_than_the_batch() -> None:
@@ -129,7 +162,7 @@ def test_memory_limit_is_respected() -> None:
     made = plan("Qwen/Qwen3-0.6B", limits={"memory_gb": 12, "checkpointing": False}, train=plain)
     assert made.chosen.peak_bytes < 12e9
     assert made.layout.micro_batch_tokens < free.layout.micro_batch_tokens
-    assert plan("Qwen/Qwen3-0.6B", limits={"memory_gb": 5}, train=plain).layout.activations == "recompute"
+    assert plan("Qwen/Qwen3-0.6B", limits={"memory_gb": 5}, train=plain).layout.recomputed > 0
 
 
 def test_frozen_products_are_in_8_bits_where_layers_are_known_and_the_card_can() -> None:
@@ -168,7 +201,8 @@ def test_other_gpus_are_spoken_of() -> None:
             "RTX A5000",
             {"limits": {"checkpointing": False}, "method": "lora", "train": {"arithmetic": "plain"}},
         ),
-        (ELYZA, "L4", {"method": "qlora", "limits": {"micro_batch_tokens": 65536}}),
+        (ELYZA, "L4", {"method": "qlora", "limits": {"micro_batch_tokens": 262144}}),
+        (ELYZA, "L4", {"method": "qlora", "limits": {"micro_batch_tokens": 65536, "offload_activations": False}}),
     ],
 )
 def test_the_remedy_fits_when_typed(name: str, on: str, values: dict[str, Any]) -> None:

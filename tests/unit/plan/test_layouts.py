@@ -68,8 +68,15 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     (FULL | {"strategy": "zero3", "variant": "offload", "devices": 2}, {"train": {"optimizer": "lion"}}, A5000,
      "is AdamW", {}),
     ({"strategy": "zero3", "variant": "offload", "devices": 2}, {}, A5000, "too small", {}),
+    (FULL, {"train": {"optimizer": "adamw_16bit"}}, A5000, "lie in RAM", {}),
+    (FULL | {"variant": "offload"}, {}, A5000, "not kept in between", {}),
+    (FULL | {"variant": "offload", "activations": "recompute", "precision": "fp16"}, {}, V100, "scales the loss", {}),
+    ({"variant": "offload", "activations": "recompute"}, {}, A5000, "too small", {}),
     ({"strategy": "tensor", "devices": 2, "activations": "offload"}, {}, A5000, "all layers", {}),
     ({"device": "cpu", "activations": "offload", "precision": "fp32"}, {}, None, "already", {}),
+    ({"strategy": "zero2", "devices": 2, "recomputed": 3}, {}, A5000, "goes through all of them", {}),
+    ({"strategy": "fsdp", "variant": "offload", "devices": 2, "activations": "offload"}, {}, A5000, "same link", {}),
+    ({"recomputed": 32}, {}, A5000, "checkpointing=true", {}),
     (FULL | {"variant": "disk", "activations": "recompute"}, {}, A5000, "frozen layers", {}),
     ({"variant": "disk"}, {}, A5000, "computed twice", {}),
     ({"activations": "keep8"}, {}, A5000, "fused", {}),
@@ -121,12 +128,13 @@ def test_ways_to_use_devices() -> None:
 def test_only_what_the_table_names_is_built() -> None:
     for arrangement in arrangements("auto", 4):
         assert is_built(layout(**{f.name: getattr(arrangement, f.name) for f in fields(arrangement)}))
-    assert not is_built(layout(activations="offload"))
+    assert is_built(layout(activations="offload"))
     assert not is_built(layout(strategy="fsdp", variant="offload-all", devices=2))
     assert not is_built(layout(strategy="fsdp", base="int8", devices=2))
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": "qlora", "base": "nf4"}, {"method": "full"}, {"base": "int8"},
+    {"method": "full", "variant": "offload", "activations": "recompute"},
     {"strategy": "tensor", "devices": 2}, {"strategy": "zero3", "devices": 2},
     {"strategy": "zero2", "devices": 2, "base": "nf4"},
     {"strategy": "zero1", "devices": 2, "device": "cpu", "precision": "fp32"}])  # fmt: skip
@@ -152,7 +160,15 @@ def test_ways_keep_what_is_pinned(values: dict[str, Any], expected: list[tuple[s
 
 
 def test_policies_and_precisions() -> None:
-    assert activation_policies(recipe()) == ("keep", "recompute")
-    assert activation_policies(recipe(limits={"checkpointing": True})) == ("recompute",)
+    assert activation_policies(recipe()) == ("keep", "recompute", "offload")
+    assert activation_policies(recipe(), "fp8") == ("keep", "keep8", "recompute", "offload")
+    for limits, wanted in (
+        ({"checkpointing": True}, ("recompute", "offload")),
+        ({"checkpointing": True, "offload_activations": False}, ("recompute",)),
+        ({"offload_activations": True}, ("offload",)),
+        ({"checkpointing": False}, ("keep",)),
+        ({"recomputed_layers": 3}, ("keep",)),
+    ):
+        assert activation_policies(recipe(limits=limits)) == wanted
     assert [precision_for(recipe(), device) for device in (A5000, T4, None)] == ["bf16", "fp16", "fp32"]
     assert precision_for(recipe(train={"precision": "fp32"}), A5000) == "fp32"

@@ -60,18 +60,34 @@ def test_fsdp_in_copies_in_ram_and_in_4_bits() -> None:
     copies = rank_items(layout("fsdp", 8, shards=2, **full), LLAMA, SETTING, 0, 8)
     assert copies["weights"] == -(-4 * LLAMA.parameters() // 2)
     assert copies["optimizer"] == -(-8 * LLAMA.parameters() // 2)
-    away = layout("fsdp", 2, variant="offload", **full)
-    here = rank_items(away, LLAMA, SETTING, 0, 8)
-    assert not {"weights", "optimizer", "gradients"} & here.keys()
-    assert here["gathered"] == gathered_bytes(layout("fsdp", 2, **full), LLAMA)
-    host = host_items(away, LLAMA, SETTING)
-    assert host["optimizer"] + host["gradients"] == 16 * LLAMA.parameters()  # weight, two moments, gradient
     frozen = layout("fsdp", 2, variant="offload")
     assert host_items(frozen, LLAMA, SETTING)["weights"] == 2 * LLAMA.parameters()
     assert rank_items(frozen, LLAMA, SETTING, 0, 8)["optimizer"] > 0  # the adapter's stays
     packed = rank_items(layout("fsdp", 2, method="qlora", base="nf4"), LLAMA, SETTING, 0, 8)
     weights, constants = weight_bytes(layout(method="qlora", base="nf4"), LLAMA)
     assert (packed["weights"], packed["quantization"]) == (-(-weights // 2), constants)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_full_training_from_ram(devices: int) -> None:
+    """The tables and two layers in 16 bits are on a device; 16 bytes a number are in RAM, 12 with 16-bit moments."""
+    made = layout("fsdp" if devices > 1 else "single", devices, variant="offload", method="full")
+    here = rank_items(made, LLAMA, SETTING, 0, 8)
+    table = 4 * LLAMA.vocab * LLAMA.hidden
+    layer = 2 * LLAMA.linear_parameters() // LLAMA.layers
+    assert here["weights"] == pytest.approx(2 * table, rel=1e-4)
+    assert 2 * layer < here["gathered"] < 2.7 * layer
+    assert "optimizer" not in here
+    assert here["gradients"] == 2 * table + 4 * LLAMA.hidden  # of what lies outside of the layers
+    assert peak(made) < 20e9
+    count = LLAMA.parameters()
+    for optimizer, each in (("adamw", 16), ("adamw_16bit", 12)):
+        host = host_items(made, LLAMA, replace(SETTING, optimizer=optimizer))
+        assert host["weights"] + host["optimizer"] + host["gradients"] == each * count
+        assert set(host) <= set(HOST_ITEMS)
+        assert host["loading"] < 4 * (devices * count / LLAMA.layers + 2 * LLAMA.vocab * LLAMA.hidden)
+    whole = replace(made, method="pretrain")  # random weights are drawn all at once
+    assert host_items(whole, LLAMA, SETTING)["loading"] > devices * 4 * count
 
 
 def test_fsdp_loads_a_layer_at_a_time() -> None:

@@ -39,15 +39,15 @@ def speed(made: Layout, tokens: int = 16384, on: Hardware = A5000, shape: ModelS
 
 
 def test_what_was_measured_lies_in_the_range() -> None:
-    """transformers, PEFT and bitsandbytes, QLoRA with recomputation, 2 rows of 2048: 5,157 tokens/s on an H100. With
-    Liger's fused kernels and 8 rows 6,619, which eager kernels do not reach. kitaeru's own small pre-training: about
-    160 ms for two micro-batches of 16,384.
+    """transformers, PEFT and bitsandbytes, QLoRA with recomputation, 2 rows of 2048: 5,157 tokens/s on an H100.
+    kitaeru's plain layers with 8,192 tokens at a time: 7,118. Its own small pre-training: about 160 ms for two
+    micro-batches of 16,384.
     """
     found = speed(layout(activations="recompute"), 4096, H100)
     assert found.low < 5157 < found.high
     assert found.tokens_per_second == pytest.approx(5157, rel=0.15)
-    wide = speed(layout(activations="recompute", tokens=16384), 16384, H100)
-    assert found.tokens_per_second < wide.tokens_per_second < 6619
+    wide = speed(layout(activations="recompute", tokens=8192), 8192, H100)
+    assert wide.tokens_per_second == pytest.approx(7118, rel=0.15)
     small = speed(layout(tokens=16384, method="pretrain", base="none"), 32768, H100, TINY)
     assert 32768 / small.high < 0.160 < 32768 / small.low
     assert small.parts["host"] > 0.5 * small.step_seconds

@@ -45,6 +45,21 @@ CASES = [
     ("early_stop_needs_validation", ["train.early_stop=2"], "data.valid_fraction=0.05"),
     ("gpu_only", ["limits.device=cpu", "train.optimizer=paged_adamw_8bit"], "train.optimizer=adamw_8bit"),
     ("gpu_only", ["limits.device=cpu", "train.precision=fp16"], "train.precision=bf16"),
+    (
+        "what_is_checkpointed_agrees",
+        ["limits.checkpointing=false", "limits.recomputed_layers=3"],
+        "limits.checkpointing=",
+    ),
+    (
+        "what_is_checkpointed_agrees",
+        ["limits.checkpointing=false", "limits.offload_activations=true"],
+        "limits.offload_activations=false",
+    ),
+    (
+        "what_is_checkpointed_agrees",
+        ["limits.recomputed_layers=3", "limits.offload_activations=true"],
+        "limits.recomputed_layers=",
+    ),
     ("gpu_only", ["limits.device=cpu", "model.attention=flash_attention_2"], "limits.device=cuda"),
 ]
 

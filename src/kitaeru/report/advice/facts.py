@@ -37,6 +37,8 @@ FREE: dict[str, Any] = {
     "limits.devices": None,
     "limits.micro_batch_tokens": None,
     "limits.checkpointing": None,
+    "limits.recomputed_layers": None,
+    "limits.offload_activations": None,
     "limits.memory_gb": None,
     "limits.threads": None,
     "data.packing": True,

@@ -21,7 +21,15 @@ from kitaeru.report.advice.markdown import to_markdown
 from kitaeru.report.advice.plots import GROUP_NAMES, SPAN_NAMES, Lane, day_lanes, groups, lanes, memory_lane
 from kitaeru.report.chart import Chart, Series, figure
 from kitaeru.report.usage import cost, mfu, money_text
-from kitaeru.report.wording import bytes_text, count_text, duration_text, number_text, percent_text, round_two
+from kitaeru.report.wording import (
+    activations_text,
+    bytes_text,
+    count_text,
+    duration_text,
+    number_text,
+    percent_text,
+    round_two,
+)
 from kitaeru.shape import catalogue
 
 BILLION = 10**9
@@ -304,7 +312,7 @@ def _speed_plot(advice: Advice, ways: Sequence[Candidate]) -> Drawing:
             candidate.speed,
             "chosen" if candidate is facts.best else "built" if candidate.built else "unbuilt",
         )
-        name = f"{candidate.layout.way} · {candidate.layout.method} · {_activations(candidate)}"
+        name = f"{candidate.layout.way} · {candidate.layout.method} · {activations_text(candidate.layout.policy)}"
         parts = [(look, 0.0, speed.tokens_per_second / most)]
         bars.append(Lane(name, parts, _round(speed.tokens_per_second), (speed.low / most, speed.high / most)))
         verdict = {"chosen": tr("chosen"), "built": tr("fits"), "unbuilt": tr("not built yet")}[look]
@@ -316,15 +324,6 @@ def _speed_plot(advice: Advice, ways: Sequence[Candidate]) -> Drawing:
     table = Table((tr("way"), tr("tokens/s"), tr("range"), tr("verdict")), rows, (1, 2), planner_basis(facts.hardware))
     drawn = lanes(bars, {k: v for k, v in legend.items() if k in looks}, (most, tr("tokens/s")))
     return Drawing(tr("Tokens per second by strategy"), drawn, table)
-
-
-def _activations(candidate: Candidate) -> str:
-    return {
-        "keep": tr("activations kept"),
-        "keep8": tr("activations kept, some in 8 bits"),
-        "recompute": tr("activations computed again"),
-        "offload": tr("activations in RAM"),
-    }[candidate.layout.activations]
 
 
 def _timeline_plot(advice: Advice, ways: Sequence[Candidate]) -> Drawing:
