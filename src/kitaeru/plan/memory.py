@@ -188,9 +188,9 @@ def moments(
     again = recomputed_layer_bytes(layout, shape, setting)
     kept = int(activation_bytes(layout, shape, setting) * sets)
     norm, layer = workspace_bytes(layout.of_kept, shape, setting.lora)
-    # A trained head's gradient, beside what accumulates; where it is the input table too, that one's.
+    # A trained head's gradient, beside what accumulates; where it is the input table too, that one's, and their sum.
     trained_head = 4 * shape.vocab * shape.hidden if head and trains_all(layout) else 0
-    table = trained_head if shape.tied else 0
+    table = 2 * trained_head if shape.tied else 0
     last = one_layer_bytes(layout.of_again, shape, setting)
     start = {"gradients": held, "weight_casts": still_cast, "head": trained_head}
     with_head = [
