@@ -19,6 +19,7 @@ PLANNED = (
     "train.epochs",
     "train.learning_rate",
     "train.global_batch_tokens",
+    "train.optimizer",
     "train.precision",
     "train.arithmetic",
     "train.warmup_steps",
