@@ -12,7 +12,6 @@ is read or written but the result. The plan, the build and the loop are kitaeru'
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import threading
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from table import append
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kitaeru
@@ -259,12 +259,7 @@ def main() -> None:
     row = train(args)
     print(json.dumps(row, indent=1))
     if args.out:
-        new = not args.out.exists()
-        with args.out.open("a", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(args.out, [row], FIELDS)
 
 
 if __name__ == "__main__":

@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import against
 import pytest
 import torch
 
 from kitaeru.hardware import parse_gpus
 from kitaeru.shape import ModelShape
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "against.py"
 
-
-@pytest.fixture(scope="module")
-def against() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("against", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules["against"] = loaded  # dataclasses look their module up
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        spec.loader.exec_module(loaded)
-    return loaded
-
-
-def job(against: ModuleType, **changes: Any) -> Any:
+def job(**changes: Any) -> Any:
     plain = against.Job("peft", {}, "lora", 16, 128, 0, "cpu", "", "", "", 1, 1)
     return replace(plain, **changes)
 
 
-def test_roofline_of_an_8b_shape_on_an_h100(against: ModuleType) -> None:
+def test_roofline_of_an_8b_shape_on_an_h100() -> None:
     h100 = parse_gpus("H100 SXM").devices[0]
     shape = ModelShape.from_config(against.config_of(against.POINTS["8b-qlora-24"]))
     # By hand: 6.98e9 weights in the blocks, 128,256 x 4,096 in the head, 3.5 x 2 x 32 x 2,048 x 4,096 of attention.
@@ -51,7 +35,7 @@ def test_roofline_of_an_8b_shape_on_an_h100(against: ModuleType) -> None:
     assert against.roofline(shape, "qlora", 2048, 0.0, 0.0) == 0.0
 
 
-def test_every_point_has_full_rows_and_a_shape(against: ModuleType) -> None:
+def test_every_point_has_full_rows_and_a_shape() -> None:
     for name, point in against.POINTS.items():
         assert point.step_tokens % point.seq_len == 0, name
         shape = ModelShape.from_config(against.config_of(point))
@@ -59,7 +43,7 @@ def test_every_point_has_full_rows_and_a_shape(against: ModuleType) -> None:
     assert ModelShape.from_config(against.config_of(against.POINTS["mixtral-qlora"])).layers == 4
 
 
-def test_the_fastest_micro_batch_that_fits(against: ModuleType) -> None:
+def test_the_fastest_micro_batch_that_fits() -> None:
     seconds, tried = {4: 0.08, 2: 0.02, 1: 0.02}, []
 
     def passes(rows: int) -> None:
@@ -68,16 +52,14 @@ def test_the_fastest_micro_batch_that_fits(against: ModuleType) -> None:
             raise torch.OutOfMemoryError
         time.sleep(seconds[rows])
 
-    assert against.fastest(passes, job(against), lambda: None) == 2
+    assert against.fastest(passes, job(), lambda: None) == 2
     assert tried == [8, 4, 4, 4, 2, 2, 2, 1, 1, 1]
     seconds.clear()
     with pytest.raises(torch.OutOfMemoryError):
-        against.fastest(passes, job(against), lambda: None)
+        against.fastest(passes, job(), lambda: None)
 
 
-def test_a_run_on_the_cpu(
-    against: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "against.csv"
 
     def run(*words: str) -> str:

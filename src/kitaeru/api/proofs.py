@@ -1,7 +1,8 @@
 """The six checks of `kitaeru doctor --train`: small real trainings of the bundled model that prove what runs rely on.
 
-Run as `python -m kitaeru.api.proofs FOLDER`: a process that has imported everything and forks one more for each check,
-so that a crash or a hang in one leaves the others. It writes a JSON object a line: what each check found.
+Run as `python -m kitaeru.api.proofs FOLDER`: a process that forks one more for each check, so that a crash or a hang in
+one leaves the others. Without a GPU it has imported everything before. It writes a JSON object a line: what each check
+found.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from kitaeru.plan.fused import EVEN_HEADS
+
 _VARLEN_ARGUMENTS = inspect.signature(varlen.varlen_attn).parameters
 
 
@@ -130,4 +132,4 @@ def _in_16_bits(query: Tensor) -> bool:
 def _of_one_length(query: Tensor, cu_seqlens: Tensor, longest: int) -> bool:
     """Whether all examples are of one length, known without waiting for the device, and cuDNN's kernel takes them."""
     same = (len(cu_seqlens) - 1) * longest == len(query)
-    return same and query.shape[2] in (64, 128) and torch.cuda.get_device_capability(query.device) >= (9, 0)
+    return same and query.shape[2] in EVEN_HEADS and torch.cuda.get_device_capability(query.device) >= (9, 0)

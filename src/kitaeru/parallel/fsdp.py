@@ -7,7 +7,7 @@ for numbers on the way. Their constants, a thirtieth of them, are whole on every
 
 With `layout.shards` there are several copies, each cut among so many ranks that follow each other: gathers stay among
 them, and gradients of the copies are added up once a step. The variant `grad` keeps layers whole between a forward pass
-and its backward pass; `offload` keeps the pieces, their gradients and the optimizer's state in RAM and updates there.
+and its backward pass; `offload` keeps the pieces of a frozen base in RAM (`parallel.offload` trains all from there).
 
 A layer is put together by all ranks at the same time, so all compute the same number of micro-batches.
 """

@@ -37,13 +37,13 @@ from kitaeru.parallel.fsdp import deal as deal
 from kitaeru.parallel.start import same_start
 from kitaeru.parallel.types import Held, Named, Rows, Unit, Work
 from kitaeru.parallel.world import World
+from kitaeru.plan.from_ram import CAST_AT_ONCE
 from kitaeru.plan.layouts import LAYERS_AT_ONCE
 from kitaeru.plan.types import Layout
 
 T = TypeVar("T")
 
-# Numbers that are cast on the device at a time, and that are added up in RAM at a time: what the caches hold.
-CAST_AT_ONCE = 16 << 20
+# Numbers that are added up in RAM at a time: what the caches hold.
 ADD_AT_ONCE = 1 << 17
 # A weight begins in a slot where every kernel may read it.
 ALIGNED = 256

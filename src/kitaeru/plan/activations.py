@@ -14,6 +14,7 @@ from kitaeru.plan.stored import (
     adapts_experts,
     compute_bytes,
     expert_adapter_parameters,
+    merges_experts,
     packs_experts,
     residual_bytes,
     saved_whole,
@@ -158,8 +159,7 @@ def kept_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     c, total = compute_bytes(layout), 0
     if lora.dora:
         total += sum(linear.count * c * linear.inputs * (linear.inputs + lora.r) for linear in adapted(shape, lora))
-    merged = adapts_experts(shape, lora) and not packs_experts(layout.base, shape)
-    return total + (c * shape.expert_parameters() if merged else 0)
+    return total + (c * shape.expert_parameters() if merges_experts(layout, shape, lora) else 0)
 
 
 def cast_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:

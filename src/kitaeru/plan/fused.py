@@ -182,6 +182,10 @@ def expanded_bytes(layout: Layout, shape: ModelShape) -> float:
     return (shape.linear_parameters() / shape.layers + (pieces - 1) * mlp) * (stored + _number(layout))
 
 
+# Widths of heads that cuDNN's kernel for examples of one length takes (`kernels.packed_attention`).
+EVEN_HEADS = (64, 128)
+
+
 def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
     """FLOP in 16 bits that turn one layer's rows and weights for one pass: 64 products and additions a number.
 

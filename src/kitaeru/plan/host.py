@@ -46,9 +46,8 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
     if comes_in_parts(layout, setting.lora):  # each process reads a layer of its own at a time
         layer, outside = layer_weight_bytes(layout, shape)
         loading = layout.devices * layer + outside
-    elif layout.strategy == "fsdp" or trains_from_ram(
-        layout
-    ):  # each has the whole model in RAM before it cuts its pieces out
+    elif layout.strategy == "fsdp" or trains_from_ram(layout):
+        # Each has the whole model in RAM before it cuts its pieces out.
         loading += layout.devices * sum(weight_bytes(layout, shape))
     items = {"processes": processes * GPU_PROCESS_HOST_BYTES, "loading": loading}
     if layout.activations == "offload":

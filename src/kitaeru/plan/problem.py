@@ -124,7 +124,6 @@ def setting_of(problem: Problem, layout: Layout) -> Setting:
         optimizer="adamw" if problem.recipe.train.optimizer == "auto" else problem.recipe.train.optimizer,
         attention=problem.recipe.model.attention,
         accumulates=layout.micro_batch_tokens * layout.replicas < global_tokens(problem),
-        longest=problem.longest,
         repeats_keys=known < GROUPED_PACKED_ATTENTION,
     )
     if problem.recipe.train.optimizer != "auto" or not trains_from_ram(layout):

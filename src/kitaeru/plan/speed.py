@@ -35,8 +35,6 @@ from kitaeru.shape import ModelShape
 
 # Where launching and computing take equally long, neither hides all of the other.
 UNHIDDEN = 0.15
-# Widths of heads that cuDNN's kernel for examples of one length takes (`kernels.packed_attention`).
-EVEN_HEADS = (64, 128)
 # A simulated step has at most this many micro-batches; more follow the same beat.
 SIMULATED = 48
 # What one NVMe disk gives in large pieces; a layer read a moment ago comes from RAM where there is room, and faster.
@@ -172,7 +170,7 @@ def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, hea
     table = shape.vocab * shape.hidden
     kind: AttentionKind = "attention"
     if fused.is_fused(layout):
-        kind = "even" if load.even and shape.head_dim in EVEN_HEADS else "fused"
+        kind = "even" if load.even and shape.head_dim in fused.EVEN_HEADS else "fused"
     inside = rates.sized(tokens, inner, load.typical, kind)
     outside = rates.sized(tokens, [(table, table**0.5)], load.typical) if head and table else rates
     return Layer(

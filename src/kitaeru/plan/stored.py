@@ -23,15 +23,13 @@ class Setting:
     """What of a recipe the bytes depend on, beside the layout and the shape.
 
     `accumulates`: several micro-batches make one step, so that gradients are there while activations are kept.
-    `longest` is the longest example in tokens (0: as long as the micro-batch). `repeats_keys`: this torch's packed
-    kernel wants keys and values once for every query head.
+    `repeats_keys`: this torch's packed kernel wants keys and values once for every query head.
     """
 
     lora: LoraSection
     optimizer: Optimizer = "adamw"
     attention: str = "auto"
     accumulates: bool = True
-    longest: int = 0
     repeats_keys: bool = False
 
 
@@ -69,6 +67,13 @@ def adapted(shape: ModelShape, lora: LoraSection) -> tuple[Linear, ...]:
 def adapts_experts(shape: ModelShape, lora: LoraSection) -> bool:
     """Whether PEFT puts adapters on the stacked experts too: it does for `all-linear` in the families it knows."""
     return "all-linear" in lora.targets and shape.experts > 0 and shape.family in _PEFT_EXPERTS
+
+
+def merges_experts(layout: Layout, shape: ModelShape, lora: LoraSection) -> bool:
+    """Whether an adapter is added to a copy of the stacked experts' weights for each pass."""
+    if trains_all(layout):
+        return False
+    return adapts_experts(shape, lora) and not packs_experts(layout.base, shape)
 
 
 def packs_experts(base: Base, shape: ModelShape) -> bool:

@@ -16,6 +16,7 @@ from kitaeru.plan.stored import (
     adapted,
     adapts_experts,
     compute_bytes,
+    merges_experts,
     packs_experts,
     residual_bytes,
     trains_all,
@@ -110,7 +111,7 @@ def layer_backward(layout: Layout, shape: ModelShape, setting: Setting, typical:
     weights, whole = shape.linear_parameters() / layers, trains_all(layout)
     passes = 2 if whole else 1
     # An adapter on whole experts is trained through the gradient of their weights.
-    experts = 2 if whole or _merges(layout, shape, setting) else 1
+    experts = 2 if whole or merges_experts(layout, shape, setting.lora) else 1
     adapters = _adapter_size(layout, shape, setting)
     work = Work(
         gemm=2 * passes * weights * tokens,
@@ -234,22 +235,14 @@ def _eager_bytes(layout: Layout, shape: ModelShape, setting: Setting, *, forward
     return total + more * ((c * 4 + casts) * inputs + 6 * c * outputs) * (1.0 if forward else 1.2)
 
 
-def _merges(layout: Layout, shape: ModelShape, setting: Setting) -> bool:
-    """Whether an adapter is added to a copy of experts' weights for each pass."""
-    if trains_all(layout):
-        return False
-    return adapts_experts(shape, setting.lora) and not packs_experts(layout.base, shape)
-
-
 def _weight_traffic(layout: Layout, shape: ModelShape, setting: Setting, *, forward: bool) -> float:
     """Bytes of whole weights for one layer, whatever the micro-batch: autocast's 16-bit copies of trained weights,
     their gradients added up in 32 bits, experts' weights read; where adapters are added to a copy of these, the product
     of the adapter, the sum and its parts, and on the way back the gradient, read for each of the adapter's own.
     """
     weights = (shape.linear_parameters() + shape.expert_parameters()) / shape.layers
-    experts = (
-        compute_bytes(layout) * shape.expert_parameters() / shape.layers * (5 if _merges(layout, shape, setting) else 1)
-    )
+    times = 5 if merges_experts(layout, shape, setting.lora) else 1
+    experts = times * compute_bytes(layout) * shape.expert_parameters() / shape.layers
     if not trains_all(layout):
         return experts
     casts = 6 if compute_bytes(layout) == 2 else 0

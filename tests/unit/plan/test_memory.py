@@ -38,7 +38,7 @@ def test_the_peak_is_the_measured_one(row: dict[str, str]) -> None:
     sliding = layers - layers // 6 if known.sliding_layers else 0
     shape = replace(known, layers=layers, sliding_layers=sliding)
     lora = LoraSection(r=16, dora=row["dora"] == "1", dropout=float(row["dropout"]))
-    setting = Setting(lora, row["optimizer"], longest=tokens // 2, repeats_keys=True)  # type: ignore[arg-type]
+    setting = Setting(lora, row["optimizer"], repeats_keys=True)  # type: ignore[arg-type]
     layout = Layout(
         "single",
         row["method"],
@@ -146,6 +146,6 @@ def test_the_peak_of_a_whole_run_is_the_measured_one(row: dict[str, str]) -> Non
     layout = Layout(
         way, method, base, "bf16", activations, int(tokens), "cuda", arithmetic=(*arithmetic, "plain")[0]  # type: ignore[arg-type]
     )  # fmt: skip
-    setting = Setting(LoraSection(r=16), longest=2048, repeats_keys=True, accumulates=float(tokens) < 16384)
+    setting = Setting(LoraSection(r=16), repeats_keys=True, accumulates=float(tokens) < 16384)
     planned = sum(memory_items(layout, shape, setting).values())
     assert planned / 2**30 == pytest.approx(float(row["peak_gib"]), rel=0.03)

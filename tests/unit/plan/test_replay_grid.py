@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
+import planner_grid as grid
 import pytest
 
 from kitaeru.hardware import Hardware, parse_gpus
@@ -28,22 +26,6 @@ KNOWN = {
     "mixtral-8x7b/2/single/qlora/recompute/8192/2048/1/0.0": 0.05,
     "qwen3-0.6b/28/single/full/recompute/16384/2048/-16384/24": 0.26,
 }
-
-
-def _script() -> ModuleType:
-    name = "planner_grid"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / "planner_grid.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(str(BENCHMARKS))
-            spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-grid = _script()
 
 
 def test_every_point_can_be_planned_as_it_is_pinned() -> None:
@@ -86,9 +68,8 @@ def test_a_row_comes_back_as_its_point(tmp_path: Path) -> None:
     assert grid.point_of(grid.read(tmp_path / "grid.csv")[0]) == point
 
 
-def test_a_point_is_measured_with_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_is_measured_with_the_engine(tmp_path: Path) -> None:
     """Small sizes on the CPU: the script keeps up with the engine."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     small = parse_gpus("none", "16GB", cores=2)
     point = grid.Point("qwen3-0.6b", 28, "qlora", "recompute", 2048, 2048)
     row = grid.measure(point, small, tmp_path / "model", small=True, warm=1, timed=1)
