@@ -38,7 +38,6 @@ settings_ = st.builds(
     st.builds(LoraSection, r=st.integers(1, 256), dora=st.booleans(), dropout=st.sampled_from([0.0, 0.1])),
     st.sampled_from(["adamw", "adamw_8bit", "paged_adamw_8bit", "lion", "adafactor"]),
     accumulates=st.booleans(),
-    longest=st.integers(0, 8192),
     repeats_keys=st.booleans(),
 )
 facts_ = st.one_of(

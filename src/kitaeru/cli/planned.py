@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kitaeru.plan.types import Plan
 from kitaeru.recipe.fields import leaves, value_at
 from kitaeru.recipe.read import Effective, Origin
 from kitaeru.recipe.types import Recipe
+
+if TYPE_CHECKING:
+    from kitaeru.plan.types import Plan
 
 # Fields the planner fills when a recipe leaves them open.
 PLANNED = (
@@ -64,6 +67,8 @@ def _with_planner(effective: Effective, paths: set[str]) -> dict[str, Origin]:
 
 def recorded(recipe: Path) -> Plan | None:
     """The plan beside the recipe of a run; None where there is none."""
+    from kitaeru.plan.types import Plan
+
     path = recipe.parent / "plan.json"
     return Plan.load(path) if path.is_file() else None
 

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
-from kitaeru.api import runs
-from kitaeru.api.ranks import Show
 from kitaeru.engine.place import nodes_given, nodes_of_slurm, placed
 from kitaeru.errors import UsageError
 from kitaeru.i18n import tr
@@ -48,6 +46,9 @@ def train(
     hosts: tuple[int | None, int | None, str | None] = (None, None, None),
 ) -> int:
     """Plan and train an effective recipe with everything a person sees around it."""
+    from kitaeru.api import runs  # not for `kitaeru train --help`
+    from kitaeru.api.ranks import Show
+
     nodes = nodes_given(*hosts) or nodes_of_slurm()
     folder = runs.train(effective.recipe, resume=resume, show=Show(plain), nodes=nodes)
     if folder is None:

@@ -45,20 +45,26 @@ def test_every_verb_exists() -> None:
     "words", [["--help"], ["recipe", "explain", "train.seed"], ["recipe", "schema"], ["train", "--help"]]
 )
 def test_starts_fast_and_without_torch(words: list[str]) -> None:
-    code = (
-        "import sys, time; t = time.process_time(); from kitaeru.cli import main; rc = main(sys.argv[1:]);"
+    # In processor time, and beside what the libraries of any such program take: the machine may be busy or slow.
+    libraries = "import sys, time; t = time.process_time(); import cyclopts, rich.console, pydantic, ruamel.yaml;"
+    program = "import sys, time; t = time.process_time(); from kitaeru.cli import main; rc = main(sys.argv[1:]);"
+    end = (
         "loaded = sorted({'torch', 'transformers', 'numpy'} & set(sys.modules));"
         "print(rc, time.process_time() - t, loaded, file=sys.stderr)"
     )
-    best = 9.9
-    for _ in range(3):  # of processor time: the machine may be busy
+
+    def seconds(code: str) -> float:
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
         rc, seconds, loaded = done.stderr.split(" ", 2)
         assert (rc, loaded.strip()) == ("0", "[]")
-        best = min(best, float(seconds))
-        if best < 0.5:
+        return float(seconds)
+
+    best = usual = 9.9
+    for _ in range(5):
+        best, usual = min(best, seconds(program + end)), min(usual, seconds(libraries + "rc = 0;" + end))
+        if best < 3 * usual:
             break
-    assert best < 0.5
+    assert best < 3 * usual
 
 
 @pytest.mark.parametrize("language", ["en", "ja"])
