@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import N_
@@ -18,7 +18,7 @@ from kitaeru.plan.activations import offloaded_bytes
 from kitaeru.plan.calibrate import AttentionKind, Profile
 from kitaeru.plan.from_ram import Traffic, layer_seconds, step_seconds
 from kitaeru.plan.layouts import DISK, SHARDED, ZERO
-from kitaeru.plan.pipeline import balanced_cuts, orders, simulate
+from kitaeru.plan.pipeline import balanced_cuts, schedule_seconds
 from kitaeru.plan.ranks import layer_weight_bytes, part_of
 from kitaeru.plan.rates import LinkRates, Rates, cpu_rates, device_rates, link_rates
 from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters, trains_all, trains_from_ram
@@ -113,12 +113,12 @@ class Took:
     parts: dict[str, float]
     host: float
 
-    @property
+    @cached_property
     def device(self) -> float:
         """Seconds of the device alone."""
         return sum(self.parts.values())
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         """Seconds it takes, host and device together."""
         return max(self.device, self.host) + UNHIDDEN * min(self.device, self.host)
@@ -161,10 +161,19 @@ class Layer:
     backward: Took
     head: Took
 
+    @cached_property
+    def both_seconds(self) -> float:
+        """Seconds of the layer, forward and backward."""
+        return (self.forward + self.backward).seconds
 
-@lru_cache(maxsize=512)
+
 def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, head: bool = True) -> Layer:
     """What one layer (and the head) takes; `layout.micro_batch_tokens` is what a micro-batch really holds."""
+    return _layer_on(layout.of_one_device, shape, load, rates, head)
+
+
+@lru_cache(maxsize=512)
+def _layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, head: bool) -> Layer:
     tokens = layout.micro_batch_tokens
     inner = [(linear.count * linear.weights, linear.weights**0.5) for linear in shape.linears()]
     table = shape.vocab * shape.hidden
@@ -196,7 +205,7 @@ def cuts_for(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> tuple[i
     layers, extra = [], []
     for stage in range(stages):
         layer = layer_on(layout, shape, load, at.devices[stage % layout.ranks_per_replica], head=stage == stages - 1)
-        layers.append((layer.forward + layer.backward).seconds)
+        layers.append(layer.both_seconds)
         extra.append(layer.head.seconds)
     return balanced_cuts(shape.layers, layers, extra)
 
@@ -419,7 +428,7 @@ def _stages_seconds(
     """From the first forward to the last backward pass of a step."""
     ranks = layout.ranks_per_replica
     simulated = min(count, SIMULATED // ranks * ranks)
-    seconds = simulate(orders(layout.variant, ranks, simulated, layout.chunks), forward, backward, sent).seconds
+    seconds = schedule_seconds(layout.variant, ranks, simulated, layout.chunks, forward, backward, sent)
     beat = max(sum(forward[r::ranks]) + sum(backward[r::ranks]) for r in range(ranks))
     return seconds + (count - simulated) * beat
 
