@@ -158,7 +158,9 @@ def schedule_seconds(
     transfer: float,
 ) -> float:
     """Seconds from the first pass to the last: `simulate(orders(…), …).seconds`, of which a planner asks often."""
-    return max(_ends(_moves_of(schedule, ranks, micro_batches, chunks), ranks, forward, backward, transfer), default=0.0)
+    return max(
+        _ends(_moves_of(schedule, ranks, micro_batches, chunks), ranks, forward, backward, transfer), default=0.0
+    )
 
 
 @lru_cache(maxsize=256)
@@ -168,7 +170,8 @@ def _moves_of(schedule: str, ranks: int, micro_batches: int, chunks: int) -> lis
 
 def _moves(order: Sequence[Sequence[Pass]], last: int) -> list[Move]:
     """All ranks' passes, each behind what it needs: which that is depends on no times."""
-    ranks, moves = len(order), []
+    ranks = len(order)
+    moves: list[Move] = []
     place: dict[Pass, int] = {}
     at, left = [0] * ranks, sum(len(passes) for passes in order)
     while left:
@@ -194,7 +197,8 @@ def _ends(
     moves: Sequence[Move], ranks: int, forward: Sequence[float], backward: Sequence[float], transfer: float
 ) -> list[float]:
     """When each move ends: it starts when its rank is free and what it needs has arrived."""
-    free, ends = [0.0] * ranks, []
+    free = [0.0] * ranks
+    ends: list[float] = []
     for rank, needed, handed_over, is_forward, stage in moves:
         start = free[rank]
         if needed >= 0:
@@ -222,7 +226,9 @@ def balanced_cuts(layers: int, layer_seconds: Sequence[float], extra_seconds: Se
     ((17, 15), (24, 8))
     """
     cuts = [1] * len(layer_seconds)
+    after = [2 * t + e for t, e in zip(layer_seconds, extra_seconds, strict=True)]
     for _ in range(layers - len(cuts)):
-        after = [(n + 1) * t + e for n, t, e in zip(cuts, layer_seconds, extra_seconds, strict=True)]
-        cuts[after.index(min(after))] += 1
+        least = after.index(min(after))
+        cuts[least] += 1
+        after[least] = (cuts[least] + 1) * layer_seconds[least] + extra_seconds[least]
     return tuple(cuts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import N_
@@ -113,15 +114,16 @@ class Took:
     parts: dict[str, float]
     host: float
 
-    @cached_property
+    @property
     def device(self) -> float:
         """Seconds of the device alone."""
         return sum(self.parts.values())
 
-    @cached_property
+    @property
     def seconds(self) -> float:
         """Seconds it takes, host and device together."""
-        return max(self.device, self.host) + UNHIDDEN * min(self.device, self.host)
+        device = self.device
+        return max(device, self.host) + UNHIDDEN * min(device, self.host)
 
     def __add__(self, other: Took) -> Took:
         return Took(
@@ -383,23 +385,41 @@ def _sum_seconds(devices: int, link: LinkRates, size: float) -> float:
     return 2 * (devices - 1) / devices * size / link.bytes_s + link.latency
 
 
+class _Stage(NamedTuple):
+    """What a stage takes for one micro-batch."""
+
+    forward: float
+    backward: float
+    device: float
+    host: float
+    both: Took
+
+
+def _stage(layer: Layer, layers: int, rates: Rates, stages: int) -> _Stage:
+    ahead = layer.forward.times(layers) + layer.head
+    ahead = Took(ahead.parts, ahead.host + rates.micro_batch / stages)
+    back = layer.backward.times(layers)
+    return _Stage(ahead.seconds, back.seconds, ahead.device + back.device, ahead.host + back.host, ahead + back)
+
+
 def _staged(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) -> Step:
     """A model cut into stages; replicas of a pipeline go side by side and add up their gradients at the end."""
     ranks = layout.ranks_per_replica
     slowest = [min(at.devices[rank::ranks], key=lambda rates: rates.gemm) for rank in range(ranks)]
     stages = len(layout.cuts)
     forward, backward, busy, found, launched = [], [], [0.0] * ranks, [NOTHING] * ranks, 0.0
+    known: dict[tuple[Rates, int, bool], _Stage] = {}
     for stage, layers in enumerate(layout.cuts):
         rank = stage % ranks
-        layer = layer_on(layout, shape, load, slowest[rank], head=stage == stages - 1)
-        ahead = layer.forward.times(layers) + layer.head
-        ahead = Took(ahead.parts, ahead.host + slowest[rank].micro_batch / stages)
-        back = layer.backward.times(layers)
-        forward.append(ahead.seconds)
-        backward.append(back.seconds)
-        busy[rank] += count * (ahead.device + back.device)
-        found[rank] += ahead + back
-        launched += ahead.host + back.host
+        key = (slowest[rank], layers, stage == stages - 1)
+        if key not in known:
+            known[key] = _stage(layer_on(layout, shape, load, key[0], head=key[2]), layers, key[0], stages)
+        one = known[key]
+        forward.append(one.forward)
+        backward.append(one.backward)
+        busy[rank] += count * one.device
+        found[rank] += one.both
+        launched += one.host
     sent = residual_bytes(layout) * layout.micro_batch_tokens * shape.hidden / at.link.bytes_s + at.link.latency
     seconds = _stages_seconds(layout, forward, backward, sent, count)
     if layout.strategy == "model_parallel":  # one process launches for all devices

@@ -73,9 +73,10 @@ class Layout:
 
     @cached_property
     def of_one_device(self) -> Layout:
-        """What of it a layer's work depends on, wherever the layer is: all layouts alike in that have one price of it."""
+        """What of it a layer's bytes and work depend on, whichever device has it: alike in that they cost the same."""
         return Layout(
             "single", self.method, self.base, self.precision, self.activations, self.micro_batch_tokens, self.device,
+            variant=self.variant if self.strategy == "single" else "",
             arithmetic=self.arithmetic, recomputed=self.recomputed,
         )  # fmt: skip
 
