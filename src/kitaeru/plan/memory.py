@@ -8,6 +8,8 @@ in them, `device_overhead_bytes` and the margin of `choose` stand for those.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from kitaeru.i18n import N_
 from kitaeru.plan import fused
 from kitaeru.plan.activations import (
@@ -92,6 +94,7 @@ def head_in_place(layout: Layout, shape: ModelShape) -> bool:
     return layout.device == "cuda" and compute_bytes(layout) == 2 and not shape.final_softcap
 
 
+@lru_cache(maxsize=1024)
 def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[int, int]:
     """What is held for a moment beside what is kept, at the peak: in the last norm's backward pass, and in a layer's.
 
@@ -162,6 +165,11 @@ def memory_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[st
 
 def stored_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str, int]:
     """What stays from step to step: weights, adapter, optimizer."""
+    return dict(_stored_items(layout.of_one_device, shape, setting))
+
+
+@lru_cache(maxsize=1024)
+def _stored_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str, int]:
     weights, scales = weight_bytes(layout, shape)
     adapter = 0 if trains_all(layout) else 4 * adapter_parameters(shape, setting.lora)
     optimizer = optimizer_bytes(setting.optimizer, layout, shape, setting.lora)
@@ -178,6 +186,7 @@ def moments(
     `sets` micro-batches are kept at once (a pipeline's early stages keep several); a part of a model without the output
     `head` has no moment of its own for it.
     """
+    layout = layout.of_one_device
     gradients = 4 * trained_parameters(layout, shape, setting.lora)
     held = gradients if setting.accumulates else 0
     casts = cast_bytes(layout, shape, setting.lora)

@@ -8,6 +8,7 @@ ZeRO divide what is stored and gather the weights of the layers at work. Single-
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kitaeru.plan.activations import one_layer_bytes
 from kitaeru.plan.deepspeed import BUCKET_NUMBERS
@@ -65,6 +66,7 @@ def part_of(layout: Layout, shape: ModelShape, rank: int, micro_batches: int) ->
     return Part(_shortened(shape, layers, first, last), last, sets)
 
 
+@lru_cache(maxsize=64)
 def _narrowed(shape: ModelShape, ranks: int) -> ModelShape:
     return replace(
         shape,
@@ -76,6 +78,7 @@ def _narrowed(shape: ModelShape, ranks: int) -> ModelShape:
     )
 
 
+@lru_cache(maxsize=1024)
 def _shortened(shape: ModelShape, layers: int, first: bool, last: bool) -> ModelShape:
     """A stage as a model: its layers, and the input table on the first, the output table on the last."""
     return replace(
