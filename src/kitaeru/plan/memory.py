@@ -43,6 +43,9 @@ HEAD_CHUNK_ROWS = 512
 # A process that has imported everything (0.5 GB), with what its allocator does not give back between steps.
 CPU_PROCESS_BYTES = 10**9
 GPU_PROCESS_HOST_BYTES = 3 * 10**9
+# What cuBLAS works in, taken from torch's allocator at the first product and kept: 32 MiB on sm_90 for the thread of the
+# forward pass and for that of the backward pass each (elsewhere 8: counted as on sm_90). Measured: 64 to 70 MiB.
+CUBLAS_BYTES = 2 * (32 << 20)
 
 ITEMS: dict[str, str] = {
     "weights": N_("the weights as they are stored"),
@@ -54,6 +57,7 @@ ITEMS: dict[str, str] = {
     "activations": N_("what the layers keep for the backward pass"),
     "head": N_("the output head and the loss, a chunk of rows at a time"),
     "workspace": N_("what one layer holds while its backward pass runs"),
+    "libraries": N_("what cuBLAS works in, as long as the process lives"),
     "gathered": N_("weights gathered from the other devices for the layers at work"),
     "communication": N_("buffers of what is sent between devices"),
     "process": N_("Python and its libraries"),
@@ -66,9 +70,9 @@ ITEMS: dict[str, str] = {
 def head_bytes(layout: Layout, shape: ModelShape) -> int:
     """The loss head at its peak: a chunk of logits, what the head reads, and its gradient.
 
-    On a GPU in 16 bits the gradient takes the logits' place: 2 bytes a logit. Else logits are in 32 bits; in 16 a
-    chunk's logits and gradient still stand while the next one's are made: 12 bytes a logit; in 32 bits 8. A soft cap
-    doubles that. A trained head adds its gradient in 32 bits, and under autocast its 16-bit copy and a product.
+    On a GPU in 16 bits the gradient takes the logits' place: 2 bytes a logit. Else logits are in 32 bits, and a chunk's
+    gradient still stands while the next one's are made. A trained head adds its gradient in 32 bits, and under autocast
+    its 16-bit copy and a product, beside the chunk's gradient.
 
     >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
     >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda")
@@ -77,14 +81,30 @@ def head_bytes(layout: Layout, shape: ModelShape) -> int:
     """
     tokens, h, vocab, c = layout.micro_batch_tokens, shape.hidden, shape.vocab, compute_bytes(layout)
     rows = min(HEAD_CHUNK_ROWS, tokens)
-    copies = 4 * (3 if tokens > rows and c == 2 else 2) * (2 if shape.final_softcap else 1)
-    if head_in_place(layout, shape):
-        copies = 2
+    copies, left = _bytes_a_logit(layout, shape, several=tokens > rows)
     total = 2 * tokens * h * residual_bytes(layout) + rows * h * 2 * c
     if not trains_all(layout):
         return total + rows * vocab * copies
     casts = c * (vocab + tokens) * h if c == 2 else 0
-    return total + casts + 4 * vocab * h + max(rows * vocab * copies, rows * vocab * (4 + c) + c * vocab * h)
+    return total + casts + 4 * vocab * h + max(rows * vocab * copies, rows * vocab * left + c * vocab * h)
+
+
+def _bytes_a_logit(layout: Layout, shape: ModelShape, *, several: bool) -> tuple[int, int]:
+    """Bytes of a chunk's logits at their fullest, and while the gradient of the head's weight is formed; `several`
+    chunks follow each other.
+
+    In 32 bits from 16: the product, its cast (the sum of the last chunk's exponentials takes no more), and before it
+    the last chunk's softmax and rounded gradient: 4 + 2 and 2 + 4. A soft cap has the logits, what they are divided by
+    the cap and its tanh, or that and its product with the cap: 12; and of the last chunk also the slope.
+    """
+    if head_in_place(layout, shape):
+        return 2, 2
+    c = compute_bytes(layout)
+    rounded = c if c == 2 else 0
+    left = 4 + rounded + (4 if shape.final_softcap else 0)
+    making = 12 if shape.final_softcap else 4 + rounded
+    summing = 8 + (left - 4 if several else 0)  # logits, and their exponentials
+    return max(summing, making + (left if several else 0)), left
 
 
 def head_in_place(layout: Layout, shape: ModelShape) -> bool:
@@ -106,7 +126,7 @@ def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> tup
     if c == 4:
         norm, layer = 16 * h, 8 * f + 4 * h
     else:
-        norm, layer = 22 * h, 6 * f + 7 * h if layout.base == "none" else 2 * f + 2 * h
+        norm, layer = 20 * h, 6 * f + 7 * h if layout.base == "none" else 2 * f + 2 * h
     if fused.is_fused(layout):
         whole = tokens * norm
         if tokens > fused.MLP_TOKENS:  # in pieces; the gradients of all, in 16 bits, before they are put together
@@ -161,13 +181,19 @@ def memory_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[st
 
 
 def stored_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str, int]:
-    """What stays from step to step: weights, adapter, optimizer."""
+    """What stays from step to step: weights, adapter, optimizer, what libraries hold."""
     weights, scales = weight_bytes(layout, shape)
     adapter = 0 if trains_all(layout) else 4 * adapter_parameters(shape, setting.lora)
     optimizer = optimizer_bytes(setting.optimizer, layout, shape, setting.lora)
     if fused.is_fused(layout):
         scales += fused.held_always(layout, shape, setting.lora)[0]
-    return {"weights": weights, "quantization": scales, "adapter": adapter, "optimizer": optimizer}
+    stored = {"weights": weights, "quantization": scales, "adapter": adapter, "optimizer": optimizer}
+    return stored | library_bytes(layout)
+
+
+def library_bytes(layout: Layout) -> dict[str, int]:
+    """What libraries hold in torch's allocator."""
+    return {"libraries": CUBLAS_BYTES} if layout.device == "cuda" else {}
 
 
 def moments(
@@ -204,9 +230,8 @@ def moments(
         inputs = some * input_bytes(layout, shape)
         later = [{"gradients": there, "activations": inputs + again, "workspace": computed}]
         again = 0
-    if fused.is_fused(layout):  # by then what the last norm kept is gone; beside a kept layer the stream is there twice
-        gone = last_norm_bytes(layout, shape) - (0 if again else input_bytes(layout, shape))
-        again -= int(gone * sets)
+    if fused.is_fused(layout):  # by then what the last norm kept is gone
+        again -= int(last_norm_bytes(layout, shape) * sets)
     return [
         *(with_head if head else ()),
         {**start, "activations": kept + again, "workspace": layer},
