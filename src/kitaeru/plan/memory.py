@@ -44,8 +44,8 @@ HEAD_CHUNK_ROWS = 512
 # A process that has imported everything (0.5 GB), with what its allocator does not give back between steps.
 CPU_PROCESS_BYTES = 10**9
 GPU_PROCESS_HOST_BYTES = 3 * 10**9
-# What cuBLAS works in, taken from torch's allocator at the first product and kept: 32 MiB on sm_90 for the thread of the
-# forward pass and for that of the backward pass each (elsewhere 8: counted as on sm_90). Measured: 64 to 70 MiB.
+# What cuBLAS works in, taken from torch's allocator at the first product and kept: on sm_90 32 MiB for the forward
+# pass's thread and for the backward pass's (elsewhere 8, counted as on sm_90). Measured: 64 to 70 MiB.
 CUBLAS_BYTES = 2 * (32 << 20)
 
 ITEMS: dict[str, str] = {
@@ -141,8 +141,8 @@ def _layer_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> in
     down: product and copy, 6f; the stream after attention, the norm's result, the way down and the adapter's two
     results; beside a layer that is kept its input and the embeddings, which the model's own loop holds, beside one that
     is computed again the gradient of its result, and that for the adapter: 14h or 10h. On a GPU a quantised base spares
-    the cast. Then it is the product's backward pass, both gradients and what they came from less what is let go of, 4f +
-    2h; or a weight while it is unpacked (8h). With all weights trained the same with the stream in 32 bits and a
+    the cast. Then it is the product's backward pass, both gradients and what they came from less what is let go of:
+    4f + 2h; or a weight while it is unpacked (8h). With all weights trained the same with the stream in 32 bits and a
     weight's gradient, or that gradient being cast. In 32 bits 8f + 4h was measured. DoRA forms the weight with the
     adapter in it.
     """
@@ -166,8 +166,8 @@ def _layer_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> in
 def _mixture_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """What the backward pass of transformers' experts holds, in one grouped product: beside the gradient of the result
     what adds up a token's pairs, three times in 32 bits and rounded; or the gradient of the activated product, and that
-    of the weights of the way down where these are trained or an adapter is added to a copy of them; or both gradients of
-    the product of gate and up.
+    of the weights of the way down where these are trained or an adapter is added to a copy of them; or both gradients
+    of the product of gate and up.
     """
     c, pairs, h = compute_bytes(layout), layout.micro_batch_tokens * shape.experts_per_token, shape.hidden
     down = shape.experts * shape.expert_intermediate * h
@@ -179,17 +179,17 @@ def _mixture_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> 
 
 
 def _experts_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
-    """What the backward pass of packed experts holds (kernels.experts), at the fuller of two moments. The gate's: of each
-    pair of token and expert the gradients of its output and of gate and up, the activated product and its gradient. Or
-    the way back through gate and up: their gradient, that of the input, two times the weights that are expanded at
-    once, since the next are there before the last are let go of, and the gradients of the other stack's adapter. In
-    both the gradient of the result. The reference that a CPU computes with expands through 32 bits.
+    """What the backward pass of packed experts holds (kernels.experts), at the fuller of two moments. The gate's: of
+    each pair of token and expert the gradients of its output and of gate and up, the activated product and its
+    gradient. Or the way back through gate and up: their gradient, that of the input, two times the weights that are
+    expanded at once, since the next are there before the last are let go of, and the gradients of the other stack's
+    adapter. In both the gradient of the result. The reference that a CPU computes with expands through 32 bits.
 
     >>> mixtral = ModelShape("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, experts=8, expert_intermediate=14336,
     ...                      experts_per_token=2)
     >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda")
     >>> _experts_workspace(layout, mixtral, LoraSection(targets=("q_proj",))) // 2**20
-    960
+    992
     """
     c, pairs, f = compute_bytes(layout), layout.micro_batch_tokens * shape.experts_per_token, shape.expert_intermediate
     size, other = (rows * columns for rows, columns in expert_stacks(shape))
