@@ -211,7 +211,8 @@ def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, 
     """
     every = rank_moments(layout, shape, setting, rank, micro_batches)
     part = part_of(layout, shape, rank, micro_batches)
-    stored = {name: every[-1].get(name, 0) for name in ("weights", "quantization", "adapter", "optimizer", "process")}
+    lasting = ("weights", "quantization", "adapter", "optimizer", "libraries", "process")
+    stored = {name: every[-1].get(name, 0) for name in lasting}
     resident = sum(stored.values()) - stored["optimizer"]
     packed = 2 * max(linear.weights for linear in shape.linears()) if layout.base != "none" else 0
     forward = max(
