@@ -143,7 +143,7 @@ def load(trainee: Trainee) -> None:
         trainee.causal_lm = load_streamed(
             recipe.model, base=layout.base, precision=layout.precision, device=trainee.device, folder=folder
         )
-    elif layout.strategy in ("fsdp", "tensor") or trains_from_ram(layout):
+    elif layout.strategy in ("fsdp", "tensor", "zero3") or trains_from_ram(layout):
         trainee.causal_lm, trainee.parts = outline(recipe.model, layout, recipe.lora, recipe.train.seed)
     else:
         part, devices = share_of(layout, trainee.world.rank), stage_devices(layout)

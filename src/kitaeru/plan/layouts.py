@@ -75,7 +75,7 @@ def comes_in_parts(layout: Layout, lora: LoraSection) -> bool:
     Random weights are drawn all at once; some adapters start from whole weights, and a module that is trained beside an
     adapter is a copy of one.
     """
-    if layout.method == "pretrain" or not (layout.strategy in ("fsdp", "tensor") or trains_from_ram(layout)):
+    if layout.method == "pretrain" or not (layout.strategy in ("fsdp", "tensor", "zero3") or trains_from_ram(layout)):
         return False
     return layout.method == "full" or _starts_alone(lora)
 
