@@ -91,6 +91,7 @@ SHARDED = {
     "in RAM": (2, {"variant": "offload"}),
     "inputs in RAM": (2, {"activations": "offload"}),
     "one layer computed again": (2, {"recomputed": 1}),
+    "2 copies of 2, in RAM": (4, {"shards": 2, "variant": "offload", "activations": "recompute"}),
     "in RAM, on three": (3, {"variant": "offload", "activations": "recompute"}),
     "in RAM, alone": (1, {"variant": "offload", "activations": "recompute", "strategy": "single"}),
 }
@@ -104,6 +105,9 @@ SHARDED = {
         ("2 copies of 2, kept whole", "gemma", "full"),
         ("in RAM", "qwen3", "full"),
         ("in RAM", "mixtral", "full"),
+        ("2 copies of 2, in RAM", "qwen3", "full"),
+        ("2 copies of 2, in RAM", "mixtral", "full"),
+        ("2 copies of 2, in RAM", "llama", "lora"),
         ("in RAM, on three", "neox", "full"),
         ("in RAM, alone", "gemma", "full"),
         ("in RAM, alone", "qwen3", "pretrain"),

@@ -357,7 +357,7 @@ def _optimizer(trainee: Trainee, named: Named) -> torch.optim.Optimizer:
         learning_rate=recipe.train.learning_rate,
         lora_plus_ratio=recipe.lora.plus_ratio if layout.method in ("lora", "qlora") else None,
         device_type=named[0][1].device.type if named else layout.device,
-        first_rows={name: rows.first for name, rows in trainee.held.rows.items()} if trains_from_ram(layout) else {},
+        first_rows=trainee.held.first_rows if trains_from_ram(layout) else {},
     )
 
 
