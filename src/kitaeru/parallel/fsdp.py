@@ -80,8 +80,11 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     def cut(module: nn.Module) -> None:
         # "grad" keeps the layers whole between a forward pass and its backward pass.
         kept = layout.variant == "grad" and module is not unit
+        before = [p for p in module.parameters() if p not in whole and not isinstance(p, DTensor)]
         with _bytes_may_be_parameters():
             fully_shard(module, mesh=mesh, reshard_after_forward=not kept, ignored_params=whole, offload_policy=policy)
+        for parameter in before:  # a list of what is trained still has them
+            parameter.data = parameter.data.new_empty(0)
 
     blocks = _blocks(unit.model)
     if unit.parts is None:
