@@ -55,7 +55,7 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
     if trains_from_ram(layout):
         items |= ram_items(layout, shape, setting)
     elif layout.strategy == "fsdp" and layout.variant and not trains_all(layout) and layout.variant != "grad":
-        items["weights"] = weight_bytes(layout, shape)[0]
+        items["weights"] = layout.devices // layout.shared_by * weight_bytes(layout, shape)[0]
         items["pinned"] = PINNED_BYTES * layout.devices
     elif layout.variant.startswith("offload"):
         trained = trained_parameters(layout, shape, setting.lora)

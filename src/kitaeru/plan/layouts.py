@@ -475,7 +475,7 @@ def _all_arrangements(count: int, group: int | None) -> Iterator[Arrangement]:
         return
     yield Arrangement("ddp", "", count, count)
     if group is not None and 1 < group < count and count % group == 0:
-        yield from (Arrangement("fsdp", variant, count, count, shards=group) for variant in ("", "grad"))
+        yield from (Arrangement("fsdp", variant, count, count, shards=group) for variant in ("", "grad", "offload"))
     yield from (Arrangement("fsdp", variant, count, count) for variant in ("", "grad", "offload"))
     for stages in (s for s in range(2, count + 1) if count % s == 0):
         yield Arrangement("pipeline", "1f1b", count, count // stages)
