@@ -205,9 +205,9 @@ def gathered_bytes(layout: Layout, shape: ModelShape) -> int:
 def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, micro_batches: int) -> dict[str, int]:
     """Peak of allocated bytes of one rank in each phase of a run (`PHASES`).
 
-    Loading: what is stored, and one weight in 16 bits while it is packed; with fsdp and tensor also the layer that is
-    being cut and the next one, whole. First step: as a steady one, but the optimizer has no state before its step.
-    Evaluation: a forward pass that keeps nothing. Saving: what is stored, and one layer gathered.
+    Loading: what is stored, and one weight in 16 bits while it is packed; with fsdp, zero3 and tensor also the layer
+    that is being cut and the next one, whole. First step: as a steady one, but the optimizer has no state before its
+    step. Evaluation: a forward pass that keeps nothing. Saving: what is stored, and one layer gathered.
     """
     every = rank_moments(layout, shape, setting, rank, micro_batches)
     part = part_of(layout, shape, rank, micro_batches)
@@ -222,7 +222,7 @@ def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, 
     gathered = max(moment.get("gathered", 0) for moment in every)
     if trains_from_ram(layout):  # a layer is read in 32 bits, and the next one
         packed += LAYERS_GATHERED * layer_weight_bytes(layout, shape)[0]
-    elif layout.strategy == "fsdp":
+    elif layout.strategy in SHARDED:
         packed += gathered_bytes(replace(layout, variant=""), shape)
     elif layout.strategy == "tensor":
         packed += LAYERS_GATHERED * layer_weight_bytes(layout, shape)[0]

@@ -7,6 +7,7 @@ Pipelines are simulated. Every step is priced at likely, low and high rates, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -40,6 +41,8 @@ UNHIDDEN = 0.15
 SIMULATED = 48
 # What one NVMe disk gives in large pieces; a layer read a moment ago comes from RAM where there is room, and faster.
 DISK_BYTES_S = 2e9
+# Sums of what lies in RAM go through gloo on the host's processors, one process on one core: assumed, not measured.
+GLOO_BYTES_S = 1e9
 
 PARTS: dict[str, str] = {
     "matrix_products": N_("matrix products"),
@@ -320,8 +323,10 @@ def _activation_waits(
 
 
 def _traffic(layout: Layout, at: Pace, rates: Rates) -> Traffic:
-    """What copies run at: all devices' at once share the host's memory."""
-    return Traffic(min(rates.host_copy, rates.host_memory / layout.devices), rates.host_memory, at.within.bytes_s)
+    """What copies run at: all devices' at once share the host's memory, as do several copies of the model in it."""
+    models = max(1, layout.devices // layout.shared_by // at.hosts)
+    each = rates.host_memory / -(-layout.devices // at.hosts)
+    return Traffic(min(rates.host_copy, each), rates.host_memory / models, at.within.bytes_s)
 
 
 def _end_of_step(
@@ -333,7 +338,8 @@ def _end_of_step(
         return _end_of_tensor_step(layout, shape, load, at, trained, rates)
     if trains_from_ram(layout):
         updating, tables = step_seconds(layout, shape, load.setting, _traffic(layout, at, rates))
-        return {"optimizer": updating, "offload": tables}, {}
+        added = _over_copies(layout, at, trained, GLOO_BYTES_S) if layout.shards else 0.0
+        return {"optimizer": updating, "offload": tables}, {"communication": _hidden(added, 0.5 * micro)}
     moved = optimizer_bytes_moved(layout, trained, load.setting.optimizer)
     if layout.variant.startswith("offload") and trains_all(layout):
         updated = 4 * trained / layout.devices / rates.host_copy
@@ -347,12 +353,16 @@ def _end_of_step(
         gather = (layout.devices - 1) / layout.devices * 4 * trained / at.link.bytes_s
         reduced = _all_reduce(layout, at, 4 * trained) if layout.strategy == "zero1" else 0.0
         return ending, {"communication": gather + _hidden(reduced, 0.5 * micro)}
-    if layout.shards:  # each piece of the gradients is added up over the copies, behind the last backward pass
-        copies = replace(layout, devices=layout.devices // layout.shards)
-        at_once = layout.shards if at.hosts > 1 else 1  # all pieces go through a host's one network
-        added = _all_reduce(copies, at, 4 * trained / layout.shards * at_once)
-        return ending, {"communication": _hidden(added, 0.5 * micro)}
+    if layout.shards:
+        return ending, {"communication": _hidden(_over_copies(layout, at, trained), 0.5 * micro)}
     return ending, {}
+
+
+def _over_copies(layout: Layout, at: Pace, trained: float, most: float = math.inf) -> float:
+    """Seconds to add up each piece of the gradients over the copies, behind the last backward pass; `most` bytes/s."""
+    at_once = layout.shards if at.hosts > 1 else 1  # all pieces go through a host's one network
+    link = replace(at.link, bytes_s=min(at.link.bytes_s, most * at_once))
+    return _sum_seconds(layout.devices // layout.shards, link, 4 * trained / layout.shards * at_once)
 
 
 def _end_of_tensor_step(
