@@ -572,7 +572,8 @@ def reduce(held: Held) -> None:
 def norm(held: Held) -> Tensor:
     """The norm of all pieces of a copy, summed up as they came."""
     total = held.world.sum(torch.tensor(held.state.squares, dtype=torch.float64))
-    return (total / held.state.ranks.count).sqrt()
+    whole: Tensor = (total / held.state.ranks.count).sqrt()
+    return whole
 
 
 def gather(held: Held, name: str, tensor: Tensor) -> Tensor:
