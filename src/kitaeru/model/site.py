@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kitaeru.i18n import tr
-from kitaeru.kernels.adapter import outer, project
-from kitaeru.kernels.frozen import Scales, Stored, expand, scales_of, write_adapter
+from kitaeru.kernels.adapter import Share, Shares, gradients, project
+from kitaeru.kernels.frozen import Scales, Stored, Weights, expand, scales_of, write_adapter
 from kitaeru.kernels.product import product
 from kitaeru.kernels.rows import Arithmetic, Rows, storage, turns
 from kitaeru.kernels.turned import TURN
@@ -66,6 +66,8 @@ class Site:
     holds: bool = False
     scales: Scales = field(init=False)
     bias: Tensor | None = field(init=False)
+    weights: Weights = field(init=False)
+    shares: Shares = field(init=False)
     _seen: tuple[int, ...] = ()
     _thin: tuple[Tensor, Tensor] | None = None
     _held: dict[bool, Tensor] = field(default_factory=dict)
@@ -73,7 +75,8 @@ class Site:
     def __post_init__(self) -> None:
         if turns(self.dtype) and any(side % TURN for m in self.members for side in m.stored.shape):
             self.arithmetic = "16bit"
-        self.scales = scales_of([m.stored for m in self.members], self.dtype)
+        self.weights = Weights(tuple(m.stored for m in self.members))
+        self.scales = scales_of(self.weights, self.dtype)
         self.holds = self.holds or self.members[0].stored.data.device.type == "cpu"
         biases = [m.bias for m in self.members]
         whole = None
@@ -84,6 +87,13 @@ class Site:
             ]
             whole = torch.cat([part.to(self.compute) for part in parts])
         self.bias = whole
+        shares, row, column = list[Share](), 0, 0
+        for m in self.members:
+            if m.a is not None and m.b is not None:
+                shares.append(Share(row, len(m.a), column, len(m.b), m.scaling))
+                row += len(m.a)
+            column += m.stored.shape[0]
+        self.shares = Shares(tuple(shares))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,7 +103,7 @@ class Site:
     @property
     def rank(self) -> int:
         """The sum of the adapters' ranks."""
-        return sum(len(m.a) for m in self.members if m.a is not None)
+        return self.shares.rank
 
     @property
     def extra(self) -> int:
@@ -117,12 +127,9 @@ class Site:
             with torch.no_grad():
                 down = torch.cat([m.a for m in self.members if m.a is not None]).to(self.compute)
                 up = down.new_zeros((self.rank, self.outputs))
-                row = column = 0
-                for m in self.members:
-                    if m.a is not None and m.b is not None:
-                        up[row : row + len(m.a), column : column + len(m.b)] = (m.b * m.scaling).T
-                        row += len(m.a)
-                    column += m.stored.shape[0]
+                trained = [m.b for m in self.members if m.b is not None]
+                for s, b in zip(self.shares.each, trained, strict=True):
+                    up[s.row : s.row + s.rank, s.column : s.column + s.outputs] = (b * s.scaling).T
             self._seen, self._thin = seen, (down, up)
         return self._thin
 
@@ -154,8 +161,7 @@ class Site:
         scale = self.scales.backward if transposed else self.scales.forward
         held = self._held.get(transposed)
         if held is None:
-            weights = [m.stored for m in self.members]
-            held = expand(weights, scale, adapter, self.extra, self.dtype, transposed=transposed)
+            held = expand(self.weights, scale, adapter, self.extra, self.dtype, transposed=transposed)
             if self.holds:
                 self._held[transposed] = held
         elif self.extra:
@@ -166,15 +172,7 @@ class Site:
         """The gradients of `parameters`, fp32."""
         if thin is None or dthin is None:
             return []
-        of_a, of_b = outer(dthin, x), outer(thin, dy)  # [R, K], [R, N]
-        result, row, column = [], 0, 0
-        for m in self.members:
-            if m.a is not None and m.b is not None:
-                rows = slice(row, row + len(m.a))
-                result += [of_a[rows], of_b[rows, column : column + len(m.b)].T * m.scaling]
-                row += len(m.a)
-            column += m.stored.shape[0]
-        return result
+        return [g for pair in gradients(x, thin, dthin, dy, self.shares) for g in pair]
 
     def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y.add_(self.bias)
