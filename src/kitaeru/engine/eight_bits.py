@@ -136,7 +136,7 @@ class _Gradients:
         self._length: float | None = None
 
     def keep_own(self) -> None:
-        """Take the gradient with the layers' own code, each layer computed again on the way back, and keep it in RAM."""
+        """Take the gradient with the layers' own code, each layer computed again on the way back; keep it in RAM."""
         model = self._loop.trainee.causal_lm
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:

@@ -89,8 +89,9 @@ def norm_backward(
         dy, y.data, y.scale, rstd, weight, along, result,
         None if rows is None else rows.data, None if rows is None else rows.scale,
         y.data.stride(0), 0 if rows is None else rows.data.stride(0), width,
-        VARIANCE=_variance(y.data.dtype), TURNED=y.turned, WRITE=rows is not None, TOP=0.0 if dtype is None else top(dtype),
-        INT8=dtype == torch.int8, BLOCK=row_block(width, turned=y.turned or dtype == torch.int8),
+        VARIANCE=_variance(y.data.dtype), TURNED=y.turned, WRITE=rows is not None,
+        TOP=0.0 if dtype is None else top(dtype), INT8=dtype == torch.int8,
+        BLOCK=row_block(width, turned=y.turned or dtype == torch.int8),
         num_warps=row_warps(width),
     )  # fmt: skip
     return result, rows

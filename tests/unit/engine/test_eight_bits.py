@@ -33,7 +33,9 @@ def spoil(trainee, module, by):
     for layer in trainee.causal_lm.model.layers:
         with torch.no_grad():
             if module == "k_proj":
-                q, k = (getattr(layer.self_attn, name).base_layer.weight.view(-1, 64, 256) for name in ("q_proj", module))
+                q, k = (
+                    getattr(layer.self_attn, name).base_layer.weight.view(-1, 64, 256) for name in ("q_proj", module)
+                )
                 k[0, [5, 37]] *= by
                 q[:2, [5, 37]] /= by
             elif module == "down_proj":
