@@ -200,9 +200,10 @@ def settled(world: Any, *, folder: Path, model: Path, data: Path, **options: Any
     import torch
 
     import training
-    from kitaeru.engine.eight_bits import settle_eight_bits
+    from kitaeru.engine import eight_bits
     from kitaeru.plan.types import Decision
 
+    eight_bits.TOKENS, eight_bits.GRADIENT_TOKENS = 512, 256
     run = training.Training(folder, model, data, world=world, arithmetic="int8", **options)
     trainee = run.trainee
     trainee.plan = replace(run.plan, decisions=(Decision("train.arithmetic", "int8", ""),))

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-# Some ranks of the second have no micro-batch; the third has half of the layers on each.
+# The second rank of the second has no micro-batch; the third has half of the layers on each.
 WAYS = {"single": (1, {}), "ddp": (2, {}), "pipeline": (2, {"variant": "1f1b", "cuts": (4, 4)})}
 
 

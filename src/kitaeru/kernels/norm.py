@@ -51,7 +51,7 @@ def norm(
     return total, rows, rstd
 
 
-def _variance(dtype: torch.dtype) -> float:
+def variance(dtype: torch.dtype) -> float:
     """Of what rounding adds to a number of scale 1: of a step of 1 (INT8), or of e4m3's finest one, 2^-9, since its
     larger numbers lose no more than a share of themselves; 0 for data without a scale.
     """
@@ -69,7 +69,7 @@ def norm_backward_reference(
     if y.scale is None:
         n = torch.where(scale == 0, 0.0, values / scale)
     else:
-        n = values * scale / (scale.square() + (y.scale.square() * _variance(y.data.dtype))[:, None])
+        n = values * scale / (scale.square() + (y.scale.square() * variance(y.data.dtype))[:, None])
     inner = (values * dy.float()).mean(1, keepdim=True)
     dx = along.float() + rstd[:, None] * (scale * dy.float() - n * inner)
     result = dx.to(along.dtype)
@@ -89,7 +89,7 @@ def norm_backward(
         dy, y.data, y.scale, rstd, weight, along, result,
         None if rows is None else rows.data, None if rows is None else rows.scale,
         y.data.stride(0), 0 if rows is None else rows.data.stride(0), width,
-        VARIANCE=_variance(y.data.dtype), TURNED=y.turned, WRITE=rows is not None,
+        VARIANCE=variance(y.data.dtype), TURNED=y.turned, WRITE=rows is not None,
         TOP=0.0 if dtype is None else top(dtype), INT8=dtype == torch.int8,
         BLOCK=row_block(width, turned=y.turned or dtype == torch.int8),
         num_warps=row_warps(width),
