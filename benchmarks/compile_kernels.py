@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from table import write
 from triton.backends.compiler import GPUTarget
@@ -48,7 +49,8 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         "norm_backward", norm._norm_backward,
         {"dy": short, "y": kind, "y_scale": single, "rstd": single, "weight": short, "along": short, "dx": short,
          "rows": kind, "scale": single, "y_stride": "i32", "rows_stride": "i32", "width": "i32"},
-        {"SCALED": True, "TURNED": int8, "WRITE": True, "TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
+        {"VARIANCE": norm.variance(torch.int8 if int8 else torch.float8_e4m3fn), "TURNED": int8, "WRITE": True,
+         "TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
     )  # fmt: skip
     yield (
         "gated", gated._gated,

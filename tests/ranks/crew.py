@@ -191,6 +191,38 @@ def train(
     }
 
 
+def settled(world: Any, *, folder: Path, model: Path, data: Path, **options: Any) -> dict[str, Any]:
+    """What becomes of a model in INT8 that is right forward and wrong backward: in every layer a pair of a key's
+    numbers is large, and of the queries' that meet it small.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    import training
+    from kitaeru.engine import eight_bits
+    from kitaeru.plan.types import Decision
+
+    eight_bits.TOKENS, eight_bits.GRADIENT_TOKENS = 512, 256
+    run = training.Training(folder, model, data, world=world, arithmetic="int8", **options)
+    trainee = run.trainee
+    trainee.plan = replace(run.plan, decisions=(Decision("train.arithmetic", "int8", ""),))
+    for fused in trainee.fused:
+        q, k, _ = (member.stored.data for member in fused.qkv.members)
+        with torch.no_grad():
+            k.view(-1, 64, 256)[0, [5, 37]] *= 1e4
+            q.view(-1, 64, 256)[:2, [5, 37]] /= 1e4
+        fused.qkv = type(fused.qkv)(fused.qkv.members, "int8", fused.qkv.compute)
+    settle_eight_bits(run.loop)
+    return {
+        "kinds": [
+            {site: getattr(f, site).arithmetic for site in ("qkv", "out", "both", "down")} for f in trainee.fused
+        ],
+        "said": run.notices[-1].text,
+        "left": [name for name, p in trainee.named if p.grad is not None],
+    }
+
+
 def answering(world: Any, *, folder: Path, model: Path, data: Path, stop_at: int, **options: Any) -> dict[str, Any]:
     """A run, and what its model says afterwards; `bytes` are those of the layers here."""
     import training

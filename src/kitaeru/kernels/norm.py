@@ -2,6 +2,11 @@
 
 x, delta: [T, h]; weight [h]. y = (x + delta) * rstd * weight, rstd = 1 / sqrt(mean((x + delta)^2) + eps).
 The weight is frozen: there is no gradient for it.
+
+Backward wants n = (x + delta) * rstd, and has y = n weight + what rounding has done, of variance s^2. Where the weight
+is as small as that (a hundredth of its mean is common), y / weight is noise made large. The mean square of n is 1 by
+definition, so the linear guess with the least error is n = y weight / (weight^2 + s^2). For numbers that were not
+rounded to 8 bits it is y / weight.
 """
 
 from __future__ import annotations
@@ -46,15 +51,25 @@ def norm(
     return total, rows, rstd
 
 
+def variance(dtype: torch.dtype) -> float:
+    """Of what rounding adds to a number of scale 1: of a step of 1 (INT8), or of e4m3's finest one, 2^-9, since its
+    larger numbers lose no more than a share of themselves; 0 for data without a scale.
+    """
+    return {torch.int8: 1 / 12, torch.float8_e4m3fn: 2.0**-18 / 12}.get(dtype, 0.0)
+
+
 def norm_backward_reference(
     dy: Tensor, y: Rows, rstd: Tensor, weight: Tensor, along: Tensor, dtype: torch.dtype | None, extra: int
 ) -> tuple[Tensor, Rows | None]:
     """The definition: the gradient of x, plus `along` [T, h], the gradient that the residual brings.
 
-    From y alone: with n = y / weight, dx = rstd (weight dy - n mean(y dy)). With `dtype` also as Rows.
+    From y alone: with n as above, dx = rstd (weight dy - n mean(y dy)). With `dtype` also as Rows.
     """
     values, scale = y.values.float(), weight.float()
-    n = torch.where(scale == 0, 0.0, values / scale)
+    if y.scale is None:
+        n = torch.where(scale == 0, 0.0, values / scale)
+    else:
+        n = values * scale / (scale.square() + (y.scale.square() * variance(y.data.dtype))[:, None])
     inner = (values * dy.float()).mean(1, keepdim=True)
     dx = along.float() + rstd[:, None] * (scale * dy.float() - n * inner)
     result = dx.to(along.dtype)
@@ -74,8 +89,9 @@ def norm_backward(
         dy, y.data, y.scale, rstd, weight, along, result,
         None if rows is None else rows.data, None if rows is None else rows.scale,
         y.data.stride(0), 0 if rows is None else rows.data.stride(0), width,
-        SCALED=y.scale is not None, TURNED=y.turned, WRITE=rows is not None, TOP=0.0 if dtype is None else top(dtype),
-        INT8=dtype == torch.int8, BLOCK=row_block(width, turned=y.turned or dtype == torch.int8),
+        VARIANCE=variance(y.data.dtype), TURNED=y.turned, WRITE=rows is not None,
+        TOP=0.0 if dtype is None else top(dtype), INT8=dtype == torch.int8,
+        BLOCK=row_block(width, turned=y.turned or dtype == torch.int8),
         num_warps=row_warps(width),
     )  # fmt: skip
     return result, rows
@@ -111,7 +127,7 @@ if triton is not None:
     @triton.jit
     def _norm_backward(  # type: ignore[no-untyped-def]
         dy, y, y_scale, rstd, weight, along, dx, rows, scale, y_stride, rows_stride, width,
-        SCALED: tl.constexpr, TURNED: tl.constexpr, WRITE: tl.constexpr, TOP: tl.constexpr, INT8: tl.constexpr,
+        VARIANCE: tl.constexpr, TURNED: tl.constexpr, WRITE: tl.constexpr, TOP: tl.constexpr, INT8: tl.constexpr,
         BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
@@ -121,11 +137,14 @@ if triton is not None:
         values = tl.load(y + row * y_stride + at, mask=inside, other=0.0).to(tl.float32)
         if TURNED:
             values = turned(values, turning(), BLOCK // 64)
-        if SCALED:
-            values *= tl.load(y_scale + row)
         by = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        if VARIANCE > 0:
+            unit = tl.load(y_scale + row)
+            values *= unit
+            n = values * by / (by * by + unit * unit * VARIANCE)
+        else:
+            n = tl.where(by == 0, 0.0, values / tl.where(by == 0, 1.0, by))
         inner = tl.sum(up * values, 0) / width
-        n = tl.where(by == 0, 0.0, values / tl.where(by == 0, 1.0, by))
         result = tl.load(rstd + row) * (by * up - n * inner)
         result += tl.load(along + row * width + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + row * width + at, result.to(dx.dtype.element_ty), mask=inside)

@@ -61,6 +61,21 @@ def test_norm_and_its_backward_are_autograds() -> None:
     assert apart(dx, expected) < 1e-5
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(FP8, 0.08), (torch.int8, 0.13)])
+def test_a_weight_of_nearly_nought_does_not_make_rounding_large(dtype: torch.dtype, bound: float) -> None:
+    """As real models have them: some channels of the norm's weight are a thousandth of the rest, and less."""
+    x, up = draw(64, 256), draw(64, 256, seed=1)
+    weight = 1 + 0.1 * draw(256, seed=2)
+    weight[::16] = torch.logspace(-6, -2, 16)
+    up += 0.5 * x * weight  # not at right angles to the result, as a gradient at random is
+    along = torch.zeros_like(x)
+    exact = norm_reference(x, None, weight, 1e-5, torch.float32, 0)
+    rounded = norm_reference(x, None, weight, 1e-5, dtype, 0)
+    expected, _ = norm_backward_reference(up, *exact[1:], weight, along, None, 0)
+    found, _ = norm_backward_reference(up, *rounded[1:], weight, along, None, 0)
+    assert apart(found, expected) < bound
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gated_and_its_backward_are_autograds(activation: str) -> None:
     both, up = draw(5, 128), draw(5, 64, seed=1)
