@@ -84,31 +84,36 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
     for name, turned in (("expand", False), ("expand_transposed", True)):
         yield (
             name, frozen._expand,
-            {"data": byte, "absmax": byte, "code": single, "absmax_code": single, "absmax_scale": single,
-             "absmax_offset": "fp32", "scale": single, "out": kind, "out_stride": "i32", "outputs": "i32",
-             "inputs": "i32", "done": "i32"},
-            {"KIND": 2, "NESTED": True, "SCALED": True, "INT8": int8, "TRANSPOSED": turned,
-             "ROWS": 128 if turned or int8 else 64}, {"num_warps": 4},
-        )  # fmt: skip
-    if eight == "fp8":
-        yield (
-            "extend", frozen._extend,
-            {"values": short, "scale": single, "out": kind, "row_stride": "i32", "rank_stride": "i32",
-             "out_stride": "i32", "rows": "i32", "width": "i32", "rank": "i32", "extra": "i32"},
-            {"SCALED": True, "FP8": True, "WEIGHT": True, "ROWS": 32, "EXTRA": 128}, {"num_warps": 4},
+            {**dict.fromkeys(("data", "data_1", "data_2", "absmax", "absmax_1", "absmax_2"), byte),
+             **dict.fromkeys(("absmax_scale", "absmax_scale_1", "absmax_scale_2"), single),
+             **dict.fromkeys(("code", "absmax_code", "scale"), single),
+             **dict.fromkeys(("absmax_offset", "absmax_offset_1", "absmax_offset_2"), "fp32"),
+             **dict.fromkeys(("outputs", "outputs_1", "outputs_2", "out_stride", "inputs", "done", "adapter_row",
+                              "adapter_rank", "width", "rank", "extra"), "i32"), "out": kind, "adapter": short},
+            {"KIND": 2, "NESTED": True, "SCALED": True, "INT8": int8, "FP8": not int8, "TRANSPOSED": turned,
+             "WEIGHTS": 3, "ROWS": 128 if turned or int8 else 64, "BESIDE": not int8}, {"num_warps": 4},
         )  # fmt: skip
     yield (
         "project", adapter._project,
-        {"x": kind, "scale": single, "p": short, "out": short, "x_stride": "i32", "tokens": "i32", "width": "i32",
-         "rank": "i32"},
-        {"SCALED": True, "ROWS": 64, "COLUMNS": 256 if sm >= 90 else 128, "RANK": 64},
+        {"x": kind, "scale": single, "p": short, "out": short,
+         **dict.fromkeys(("x_stride", "tokens", "width", "rank", "extra"), "i32")},
+        {"SCALED": True, "FP8": not int8, "ROWS": 64, "COLUMNS": 256 if sm >= 90 else 128, "RANK": 64,
+         "EXTRA": 0 if int8 else 128},
         {"num_warps": 4, "num_stages": 3},
     )  # fmt: skip
+    places = [f"{name}_{number}" for name in ("row", "rank", "column", "outputs") for number in range(3)]
     yield (
         "outer", adapter._outer,
-        {"p": short, "x": kind, "scale": single, "out": single, "p_stride": "i32", "x_stride": "i32",
-         "tokens": "i32", "width": "i32", "rank": "i32", "each": "i32"},
-        {"SCALED": True, "ROWS": 128, "COLUMNS": 128, "RANK": 64}, {"num_warps": 4, "num_stages": 3},
+        {"p": short, "x": kind, "scale": single, "out": single,
+         **dict.fromkeys(("p_stride", "x_stride", "tokens", "width", "rank", "each", *places), "i32")},
+        {"SCALED": True, "SHARES": 3, "ROWS": 128, "COLUMNS": 128, "RANK": 64}, {"num_warps": 4, "num_stages": 3},
+    )  # fmt: skip
+    yield (
+        "add_up", adapter._add_up,
+        {"of_a": single, "of_b": single, "out": single,
+         **dict.fromkeys(("parts_a", "parts_b", "rank", "width", "rank_b", "width_b", *places[3:]), "i32"),
+         **dict.fromkeys((f"scaling_{number}" for number in range(3)), "fp32")},
+        {"TURNED_A": int8, "TURNED_B": int8, "SHARES": 3, "COLUMNS": 128, "ROWS": 16}, {"num_warps": 4},
     )  # fmt: skip
     if eight == "int8":
         for number, config in enumerate(product._CONFIGS):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kitaeru.kernels.rows import Rows, empty_rows, put_rows, round_rows, top, turns
-from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.triton_or_none import launch, power_of_two, tl, triton, use_triton
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
@@ -67,10 +67,11 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor | None
     tokens, count = len(qkv), heads.query + heads.key
     normed = heads.q_norm is not None
     inverse = torch.empty((tokens, count), dtype=torch.float32, device=qkv.device) if normed else None
-    _rotate[(tokens,)](
+    launch(
+        _rotate, (tokens,),
         qkv, cos, sin, heads.q_norm, heads.k_norm, inverse, qkv.stride(0), cos.stride(0), heads.query, count,
         heads.eps,
-        NORM=normed, D=heads.size, HALF=heads.size // 2, HEADS=triton.next_power_of_2(count), num_warps=4,
+        NORM=normed, D=heads.size, HALF=heads.size // 2, HEADS=power_of_two(count), num_warps=4,
     )  # fmt: skip
     return inverse
 
@@ -109,12 +110,13 @@ def rotate_backward(
         return round_rows(wide.data, dtype, extra)
     tokens = len(dq)
     rows = empty_rows(tokens, heads.width, extra, dtype, dq)
-    _rotate_backward[(tokens,)](
+    launch(
+        _rotate_backward, (tokens,),
         dq, dk, dv, qkv, inverse, cos, sin, heads.q_norm, heads.k_norm, rows.data, rows.scale,
         dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), qkv.stride(0),
         cos.stride(0), rows.data.stride(0), heads.query, heads.key,
         NORM=inverse is not None, TOP=top(dtype), D=heads.size, HALF=heads.size // 2,
-        QUERY=triton.next_power_of_2(heads.query), KEY=triton.next_power_of_2(heads.key), num_warps=8,
+        QUERY=power_of_two(heads.query), KEY=power_of_two(heads.key), num_warps=8,
     )  # fmt: skip
     return rows
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kitaeru.plan.activations import activation_bytes, one_layer_bytes
 from kitaeru.plan.layouts import LAYERS_AT_ONCE
-from kitaeru.plan.memory import head_bytes, workspace_bytes
+from kitaeru.plan.memory import head_bytes, library_bytes, workspace_bytes
 from kitaeru.plan.stored import Setting, compute_bytes, optimizer_bytes
 from kitaeru.plan.types import Layout
 from kitaeru.shape import ModelShape
@@ -81,7 +81,7 @@ def device_moments(layout: Layout, shape: ModelShape, setting: Setting) -> list[
     kept = activation_bytes(layout, shape, setting)
     norm, layer = workspace_bytes(layout, shape, setting.lora)
     last = one_layer_bytes(layout, shape, setting)
-    always = {"weights": tables, "gathered": gathered}
+    always = {"weights": tables, "gathered": gathered} | library_bytes(layout)
     if layout.device == "cpu":
         always |= _on_a_cpu(layout, shape, setting)
         held += 4 * shape.parameters() // layout.shared_by

@@ -16,8 +16,6 @@ from kitaeru.shape import Linear, ModelShape
 
 # Tokens that the MLP of a layer takes at a time where it is computed again, and a final norm.
 MLP_TOKENS = 16384
-# What cuBLAS and cuBLASLt work in, from torch's allocator (on sm_90; elsewhere it is less).
-PRODUCTS_BYTES = 64 << 20
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # What reads the same tensor is one product.
 GROUPS: tuple[tuple[str, ...], ...] = (
@@ -134,14 +132,13 @@ def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int
     forward = tokens * 3 * h * w + piece * (of_both + n * (f + down.extra(layout)))
     middle = tokens * w * h + piece * (n * (h + down.extra(layout)) + w * f + gradient + n * f)
     back = tokens * 2 * w * h + piece * gradient + n * h * (2 * f + both.extra(layout))
-    products = PRODUCTS_BYTES if layout.device == "cuda" else 0
     if not again:
-        return products + max(forward, middle, back)
+        return max(forward, middle, back)
     whole = tokens * w * h if piece < tokens else 0  # the gradient of what the MLP reads
     key = 2 * w * shape.kv_size + (2 * w * shape.q_size if shape.kv_size != shape.q_size else 0)
     attention = tokens * (2 * w * h + (4 + 2 * w) * shape.q_size + key)
     gone = tokens * n * (h + both.extra(layout)) + piece * 2 * f * w  # of what the layer keeps
-    return products + max(forward, middle + whole, back, attention - gone)
+    return max(forward, middle + whole, back, attention - gone)
 
 
 def held_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[int, int]:

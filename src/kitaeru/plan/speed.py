@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import N_
@@ -19,7 +20,7 @@ from kitaeru.plan.activations import offloaded_bytes
 from kitaeru.plan.calibrate import AttentionKind, Profile
 from kitaeru.plan.from_ram import Traffic, layer_seconds, step_seconds
 from kitaeru.plan.layouts import DISK, SHARDED, ZERO
-from kitaeru.plan.pipeline import balanced_cuts, orders, simulate
+from kitaeru.plan.pipeline import balanced_cuts, schedule_seconds
 from kitaeru.plan.ranks import layer_weight_bytes, part_of
 from kitaeru.plan.rates import LinkRates, Rates, cpu_rates, device_rates, link_rates
 from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters, trains_all, trains_from_ram
@@ -124,7 +125,8 @@ class Took:
     @property
     def seconds(self) -> float:
         """Seconds it takes, host and device together."""
-        return max(self.device, self.host) + UNHIDDEN * min(self.device, self.host)
+        device = self.device
+        return max(device, self.host) + UNHIDDEN * min(device, self.host)
 
     def __add__(self, other: Took) -> Took:
         return Took(
@@ -164,10 +166,19 @@ class Layer:
     backward: Took
     head: Took
 
+    @cached_property
+    def both_seconds(self) -> float:
+        """Seconds of the layer, forward and backward."""
+        return (self.forward + self.backward).seconds
 
-@lru_cache(maxsize=512)
+
 def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, head: bool = True) -> Layer:
     """What one layer (and the head) takes; `layout.micro_batch_tokens` is what a micro-batch really holds."""
+    return _layer_on(layout.of_one_device, shape, load, rates, head)
+
+
+@lru_cache(maxsize=512)
+def _layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, head: bool) -> Layer:
     tokens = layout.micro_batch_tokens
     inner = [(linear.count * linear.weights, linear.weights**0.5) for linear in shape.linears()]
     table = shape.vocab * shape.hidden
@@ -199,7 +210,7 @@ def cuts_for(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> tuple[i
     layers, extra = [], []
     for stage in range(stages):
         layer = layer_on(layout, shape, load, at.devices[stage % layout.ranks_per_replica], head=stage == stages - 1)
-        layers.append((layer.forward + layer.backward).seconds)
+        layers.append(layer.both_seconds)
         extra.append(layer.head.seconds)
     return balanced_cuts(shape.layers, layers, extra)
 
@@ -384,23 +395,41 @@ def _sum_seconds(devices: int, link: LinkRates, size: float) -> float:
     return 2 * (devices - 1) / devices * size / link.bytes_s + link.latency
 
 
+class _Stage(NamedTuple):
+    """What a stage takes for one micro-batch."""
+
+    forward: float
+    backward: float
+    device: float
+    host: float
+    both: Took
+
+
+def _stage(layer: Layer, layers: int, rates: Rates, stages: int) -> _Stage:
+    ahead = layer.forward.times(layers) + layer.head
+    ahead = Took(ahead.parts, ahead.host + rates.micro_batch / stages)
+    back = layer.backward.times(layers)
+    return _Stage(ahead.seconds, back.seconds, ahead.device + back.device, ahead.host + back.host, ahead + back)
+
+
 def _staged(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) -> Step:
     """A model cut into stages; replicas of a pipeline go side by side and add up their gradients at the end."""
     ranks = layout.ranks_per_replica
     slowest = [min(at.devices[rank::ranks], key=lambda rates: rates.gemm) for rank in range(ranks)]
     stages = len(layout.cuts)
     forward, backward, busy, found, launched = [], [], [0.0] * ranks, [NOTHING] * ranks, 0.0
+    known: dict[tuple[Rates, int, bool], _Stage] = {}
     for stage, layers in enumerate(layout.cuts):
         rank = stage % ranks
-        layer = layer_on(layout, shape, load, slowest[rank], head=stage == stages - 1)
-        ahead = layer.forward.times(layers) + layer.head
-        ahead = Took(ahead.parts, ahead.host + slowest[rank].micro_batch / stages)
-        back = layer.backward.times(layers)
-        forward.append(ahead.seconds)
-        backward.append(back.seconds)
-        busy[rank] += count * (ahead.device + back.device)
-        found[rank] += ahead + back
-        launched += ahead.host + back.host
+        key = (slowest[rank], layers, stage == stages - 1)
+        if key not in known:
+            known[key] = _stage(layer_on(layout, shape, load, key[0], head=key[2]), layers, key[0], stages)
+        one = known[key]
+        forward.append(one.forward)
+        backward.append(one.backward)
+        busy[rank] += count * one.device
+        found[rank] += one.both
+        launched += one.host
     sent = residual_bytes(layout) * layout.micro_batch_tokens * shape.hidden / at.link.bytes_s + at.link.latency
     seconds = _stages_seconds(layout, forward, backward, sent, count)
     if layout.strategy == "model_parallel":  # one process launches for all devices
@@ -429,7 +458,7 @@ def _stages_seconds(
     """From the first forward to the last backward pass of a step."""
     ranks = layout.ranks_per_replica
     simulated = min(count, SIMULATED // ranks * ranks)
-    seconds = simulate(orders(layout.variant, ranks, simulated, layout.chunks), forward, backward, sent).seconds
+    seconds = schedule_seconds(layout.variant, ranks, simulated, layout.chunks, forward, backward, sent)
     beat = max(sum(forward[r::ranks]) + sum(backward[r::ranks]) for r in range(ranks))
     return seconds + (count - simulated) * beat
 
