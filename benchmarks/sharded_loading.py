@@ -2,7 +2,9 @@
 
 A random Llama-shaped model is written, and loaded by two CPU processes (gloo). A row says how much memory of its own a
 process had at the most beyond what it had before (/proc, RssAnon, looked at every 5 ms), what it holds in the end, and
-at the most until then `before_engine`: until DeepSpeed's engine, which makes copies of its own, was set up.
+at the most until then `before_engine`: until DeepSpeed's engine, which makes copies of its own, was set up. The C
+library keeps most of what is freed between pieces that stay; `mapped_from` is MALLOC_MMAP_THRESHOLD_, from which size
+on it gives memory back at once: with 65536 a row says what is in use.
 
     python benchmarks/sharded_loading.py --out benchmarks/results/sharded-loading-cpu.csv
 """
@@ -41,7 +43,7 @@ SHAPE = {
 }  # fmt: skip
 FIELDS = (
     "strategy", "variant", "method", "way", "rank", "model_mb", "before_engine_mb", "peak_mb", "held_mb", "seconds",
-    "torch", "date",
+    "mapped_from", "torch", "date",
 )  # fmt: skip
 CASES = (
     ("fsdp", "", "full", "whole"), ("fsdp", "", "full", "parts"), ("fsdp", "", "qlora", "parts"),
@@ -134,7 +136,9 @@ def main() -> None:
             values: list[Any] = (there / str(rank)).read_text().split()
             for number in (5, 6, 7, 8):
                 values[number] = round(int(values[number]) / 1e6)
-            rows.append([*values, torch.__version__, time.strftime("%Y-%m-%d")])
+            rows.append(
+                [*values, os.environ.get("MALLOC_MMAP_THRESHOLD_", "-"), torch.__version__, time.strftime("%Y-%m-%d")]
+            )
             print(*rows[-1], flush=True)
     write(arguments.out, [dict(zip(FIELDS, row, strict=True)) for row in rows])
     shutil.rmtree(place)

@@ -571,9 +571,9 @@ def reduce(held: Held) -> None:
 
 def norm(held: Held) -> Tensor:
     """The norm of all pieces of a copy, summed up as they came."""
-    total = held.world.sum(torch.tensor(held.state.squares, dtype=torch.float64))
-    whole: Tensor = (total / held.state.ranks.count).sqrt()
-    return whole
+    host: Host = held.state
+    total = held.world.sum(torch.tensor(host.squares, dtype=torch.float64))
+    return (total / host.ranks.count).sqrt()
 
 
 def gather(held: Held, name: str, tensor: Tensor) -> Tensor:
