@@ -17,8 +17,8 @@ from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
 
 GB = 10**9
-# What torch's allocator holds beside what it has given out, of the peak (H100, 50 points: 1 to 6 %). More where pieces of
-# other sizes come and go between what stays: with all weights trained, gradients that are let go of leave holes that
+# What torch's allocator holds beside what it has given out, of the peak (H100, 50 points: 1 to 6 %). More where pieces
+# of other sizes come and go between what stays: with all weights trained, gradients that are let go of leave holes that
 # activations must fit into (1 to 13 %); with gate and up kept in 8 bits those in 16 that they come from (6 to 11 %).
 MARGIN, TRAINED_MARGIN, KEEP8_MARGIN = 0.04, 0.065, 0.07
 FRAGMENTATION_BYTES = 100 * 10**6

@@ -19,7 +19,7 @@ CHOSEN = BENCHMARKS / "results" / "planner-choice-h100.csv"
 # How far a prediction may be from what was measured.
 MEMORY, MEMORY_MEDIAN, TIME_MEDIAN, TIME_WORST = 0.005, 0.001, 0.08, 0.18
 PROCESS, PROCESS_MEDIAN = 0.05, 0.02
-# Known to be further off. A soft-capped head of 256,000 words, four chunks of rows: the allocator's fragments are 0.8 GB.
+# Known to be further off: a soft-capped head of 256,000 words leaves 0.8 GB of fragments.
 KNOWN = {"gemma-2-2b/13/single/lora/recompute/2048/2048/1/0.0": 0.07}
 # Of the other table, measured when a recomputed fused layer still held the stream after attention: 2 bytes x width a
 # token more than today. And a point that does not fit under its cap, so that it ran on a lower rung.
