@@ -80,7 +80,7 @@ def layer_forward(layout: Layout, shape: ModelShape, setting: Setting, typical: 
     >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda")
     >>> work = layer_forward(layout, llama, Setting(LoraSection()), 2048)
     >>> round(work.gemm / 4096 / 1e9, 3), round(work.eager / 4096 / 1e6, 2)
-    (0.436, 1.26)
+    (0.436, 1.11)
     """
     if fused.is_fused(layout):
         return _fused_pass(layout, shape, setting, typical, forward=True)
