@@ -54,16 +54,16 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         "gated", gated._gated,
         {"both": short, "rows": kind, "scale": single, "kept": kind, "gate_scale": single, "up_scale": single,
          "rows_stride": "i32", "width": "i32"},
-        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": 1024 if int8 else 4096},
-        {"num_warps": 4 if int8 else 8},
+        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": 4096},
+        {"num_warps": 8},
     )  # fmt: skip
     yield (
         "gated_backward", gated._gated_backward,
         {"upstream": short, "gates": kind, "gate_scale": single, "ups": kind, "up_scale": single,
          "kept_stride": "i32", "gradient": kind, "gradient_scale": single, "product": kind, "product_scale": single,
          "gradient_stride": "i32", "width": "i32"},
-        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": 1024 if int8 else 4096},
-        {"num_warps": 4 if int8 else 8},
+        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": 4096},
+        {"num_warps": 8},
     )  # fmt: skip
     for normed in (False, True):
         yield (

@@ -23,7 +23,7 @@ from kitaeru.plan.stored import NF4_BLOCK, NF4_SECOND_BLOCK
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
-    from kitaeru.kernels.turned import turned, turning
+    from kitaeru.kernels.turned import turned
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ if triton is not None:
         if INT8:
             # Scaled only now: the compiler would begin the product's sum with what rounding adds, and tensor cores drop
             # the lowest bits of a sum that large.
-            values = turned(values, turning(), ROWS)
+            values = turned(values)
             if TRANSPOSED:
                 values *= (1.0 / tl.load(scale + column))[:, None]
             else:

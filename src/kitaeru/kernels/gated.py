@@ -19,7 +19,7 @@ from kitaeru.kernels.triton_or_none import tl, triton, use_triton
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
-    from kitaeru.kernels.turned import turned, turning
+    from kitaeru.kernels.turned import turned
 
 Activation = Literal["silu", "gelu_tanh"]
 BLOCK = 4096
@@ -145,8 +145,6 @@ if triton is not None:
         kept += row * 2 * width
         columns = tl.arange(0, BLOCK)
         factor, by_gate, by_up = 1.0, 1.0, 1.0
-        if INT8:
-            matrix = turning()
         if TOP > 0 or KEEP_TOP > 0:
             largest = tl.zeros([BLOCK], tl.float32)
             largest_gate = tl.zeros([BLOCK], tl.float32)
@@ -158,7 +156,7 @@ if triton is not None:
                 active, _ = _act_and_slope(gate, SILU)
                 result = active * up
                 if INT8:
-                    result = turned(result, matrix, BLOCK // 64)
+                    result = turned(result)
                 largest = tl.maximum(largest, tl.abs(result))
                 largest_gate = tl.maximum(largest_gate, tl.abs(gate))
                 largest_up = tl.maximum(largest_up, tl.abs(up))
@@ -181,7 +179,7 @@ if triton is not None:
             active, _ = _act_and_slope(gate, SILU)
             result = active * up
             if INT8:
-                result = turned(result, matrix, BLOCK // 64)
+                result = turned(result)
             store_rounded(rows + row * rows_stride + at, result * factor, inside, INT8)
             if KEEP_TOP > 0:
                 store_rounded(kept + at, gate * by_gate, inside, KEEP_INT8)
@@ -201,8 +199,6 @@ if triton is not None:
         product += row * width
         columns = tl.arange(0, BLOCK)
         by_gate, by_up, factor, product_factor = 1.0, 1.0, 1.0, 1.0
-        if INT8:
-            matrix = turning()
         if SCALED:
             by_gate = tl.load(gate_scale + row)
             by_up = tl.load(up_scale + row)
@@ -217,8 +213,8 @@ if triton is not None:
                 active, slope = _act_and_slope(gate, SILU)
                 of_gate, of_up = above * up * slope, above * active
                 if INT8:
-                    of_gate = turned(of_gate, matrix, BLOCK // 64)
-                    of_up = turned(of_up, matrix, BLOCK // 64)
+                    of_gate = turned(of_gate)
+                    of_up = turned(of_up)
                 largest = tl.maximum(largest, tl.maximum(tl.abs(of_gate), tl.abs(of_up)))
                 largest_product = tl.maximum(largest_product, tl.abs(active * up))
             step = tl.maximum(tl.max(largest, 0) / TOP, 1e-12)
@@ -236,8 +232,8 @@ if triton is not None:
             active, slope = _act_and_slope(gate, SILU)
             of_gate, of_up = above * up * slope, above * active
             if INT8:
-                of_gate = turned(of_gate, matrix, BLOCK // 64)
-                of_up = turned(of_up, matrix, BLOCK // 64)
+                of_gate = turned(of_gate)
+                of_up = turned(of_up)
             store_rounded(gradient + at, of_gate * factor, inside, INT8)
             store_rounded(gradient + width + at, of_up * factor, inside, INT8)
             store_rounded(product + at, active * up * product_factor, inside, INT8)

@@ -14,7 +14,7 @@ from kitaeru.kernels.triton_or_none import tl, triton, use_triton
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
-    from kitaeru.kernels.turned import turned, turning
+    from kitaeru.kernels.turned import turned
 
 
 def norm_reference(
@@ -101,7 +101,7 @@ if triton is not None:
         tl.store(rstd + row, inverse)
         result = values * inverse * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         if INT8:
-            result = turned(result, turning(), BLOCK // 64)
+            result = turned(result)
         if TOP > 0:
             step = tl.maximum(tl.max(tl.abs(result), 0) / TOP, 1e-12)
             tl.store(scale + row, step)
@@ -120,7 +120,7 @@ if triton is not None:
         up = tl.load(dy + row * width + at, mask=inside, other=0.0).to(tl.float32)
         values = tl.load(y + row * y_stride + at, mask=inside, other=0.0).to(tl.float32)
         if TURNED:
-            values = turned(values, turning(), BLOCK // 64)
+            values = turned(values)
         if SCALED:
             values *= tl.load(y_scale + row)
         by = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
@@ -131,7 +131,7 @@ if triton is not None:
         tl.store(dx + row * width + at, result.to(dx.dtype.element_ty), mask=inside)
         if WRITE:
             if INT8:
-                result = turned(result, turning(), BLOCK // 64)
+                result = turned(result)
             if TOP > 0:
                 step = tl.maximum(tl.max(tl.abs(result), 0) / TOP, 1e-12)
                 tl.store(scale + row, step)

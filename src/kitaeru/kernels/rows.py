@@ -23,7 +23,7 @@ from kitaeru.kernels.triton_or_none import tl, triton, use_triton
 from kitaeru.kernels.turned import turn
 
 if triton is not None:
-    from kitaeru.kernels.turned import turned, turning
+    from kitaeru.kernels.turned import turned
 
 Arithmetic = Literal["16bit", "fp8", "int8"]
 FP8_MOST = 448.0
@@ -118,8 +118,8 @@ if triton is not None:
     def store_rounded(pointer, values, mask, INT8: tl.constexpr):  # type: ignore[no-untyped-def]
         """Store fp32 values in the pointer's dtype, INT8 rounded half to even as torch does."""
         if INT8:
-            # 1.5 * 2**23: adding it leaves no room for a fraction, so the sum is rounded to an integer.
-            values = (values + 12582912.0) - 12582912.0
+            # 1.5 * 2**23: adding it leaves no room for a fraction, so the sum's lowest bits are the rounded integer.
+            values = (values + 12582912.0).to(tl.int32, bitcast=True)
         tl.store(pointer, values.to(pointer.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -128,9 +128,10 @@ if triton is not None:
         x += row * x_stride
         y += row * y_stride
         at = tl.arange(0, BLOCK)
-        values = tl.load(x + at, mask=at < width, other=0).to(tl.float32)
+        values = tl.load(x + at, mask=at < width, other=0)
         if INT8:
-            values = turned(values, turning(), BLOCK // 64)
+            values = turned(values)
+        values = values.to(tl.float32)
         if TOP > 0:
             step = tl.maximum(tl.max(tl.abs(values), 0) / TOP, 1e-12)
             tl.store(scale + row, step)
