@@ -18,7 +18,7 @@ from kitaeru.kernels.rows import Rows, empty_rows, put_rows, row_block, top
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
 
 if triton is not None:
-    from kitaeru.kernels.rows import store_rounded
+    from kitaeru.kernels.rows import most_of_16, store_rounded
     from kitaeru.kernels.turned import turned
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -125,12 +125,18 @@ if triton is not None:
     _K: tl.constexpr = tl.constexpr(math.sqrt(2 / math.pi))
 
     @triton.jit
+    def _sigmoid(x):  # type: ignore[no-untyped-def]
+        """1 / (1 + e^-x) in 5 instructions where the library's needs 12; 0 below -44."""
+        d = 1 + tl.exp2(x * -1.4426950408889634)
+        return tl.rsqrt(d * d)
+
+    @triton.jit
     def _act_and_slope(gate, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
         if SILU:
-            s = tl.sigmoid(gate)
+            s = _sigmoid(gate)
             return gate * s, s * (1 + gate * (1 - s))
         inner = _K * (gate + 0.044715 * gate * gate * gate)
-        t = 2 * tl.sigmoid(2 * inner) - 1
+        t = 2 * _sigmoid(2 * inner) - 1
         slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * _K * (1 + 0.134145 * gate * gate)
         return 0.5 * gate * (1 + t), slope
 
@@ -146,9 +152,9 @@ if triton is not None:
         columns = tl.arange(0, BLOCK)
         factor, by_gate, by_up = 1.0, 1.0, 1.0
         if TOP > 0 or KEEP_TOP > 0:
-            largest = tl.zeros([BLOCK], tl.float32)
-            largest_gate = tl.zeros([BLOCK], tl.float32)
-            largest_up = tl.zeros([BLOCK], tl.float32)
+            largest = tl.zeros([BLOCK // 16], tl.float32)
+            largest_gate = tl.zeros([BLOCK // 16], tl.float32)
+            largest_up = tl.zeros([BLOCK // 16], tl.float32)
             for start in range(0, width, BLOCK):
                 at = start + columns
                 gate = tl.load(both + at, mask=at < width, other=0.0).to(tl.float32)
@@ -157,9 +163,9 @@ if triton is not None:
                 result = active * up
                 if INT8:
                     result = turned(result)
-                largest = tl.maximum(largest, tl.abs(result))
-                largest_gate = tl.maximum(largest_gate, tl.abs(gate))
-                largest_up = tl.maximum(largest_up, tl.abs(up))
+                largest = tl.maximum(largest, most_of_16(result))
+                largest_gate = tl.maximum(largest_gate, most_of_16(gate))
+                largest_up = tl.maximum(largest_up, most_of_16(up))
             if TOP > 0:
                 step = tl.maximum(tl.max(largest, 0) / TOP, 1e-12)
                 tl.store(scale + row, step)
@@ -203,8 +209,8 @@ if triton is not None:
             by_gate = tl.load(gate_scale + row)
             by_up = tl.load(up_scale + row)
         if TOP > 0:
-            largest = tl.zeros([BLOCK], tl.float32)
-            largest_product = tl.zeros([BLOCK], tl.float32)
+            largest = tl.zeros([BLOCK // 16], tl.float32)
+            largest_product = tl.zeros([BLOCK // 16], tl.float32)
             for start in range(0, width, BLOCK):
                 at = start + columns
                 gate = tl.load(gates + at, mask=at < width, other=0.0).to(tl.float32) * by_gate
@@ -215,8 +221,8 @@ if triton is not None:
                 if INT8:
                     of_gate = turned(of_gate)
                     of_up = turned(of_up)
-                largest = tl.maximum(largest, tl.maximum(tl.abs(of_gate), tl.abs(of_up)))
-                largest_product = tl.maximum(largest_product, tl.abs(active * up))
+                largest = tl.maximum(largest, tl.maximum(most_of_16(of_gate), most_of_16(of_up)))
+                largest_product = tl.maximum(largest_product, most_of_16(active * up))
             step = tl.maximum(tl.max(largest, 0) / TOP, 1e-12)
             product_step = tl.maximum(tl.max(largest_product, 0) / TOP, 1e-12)
             tl.store(gradient_scale + row, step)

@@ -115,6 +115,11 @@ def round_rows(values: Tensor, dtype: torch.dtype, extra: int = 0) -> Rows:
 if triton is not None:
 
     @triton.jit
+    def most_of_16(values):  # type: ignore[no-untyped-def]
+        """The largest size among each 16 neighbours, which one thread holds: [N] to [N / 16]."""
+        return tl.max(tl.reshape(tl.abs(values), (values.numel // 16, 16)), 1)
+
+    @triton.jit
     def store_rounded(pointer, values, mask, INT8: tl.constexpr):  # type: ignore[no-untyped-def]
         """Store fp32 values in the pointer's dtype, INT8 rounded half to even as torch does."""
         if INT8:
