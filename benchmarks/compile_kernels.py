@@ -54,16 +54,16 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         "gated", gated._gated,
         {"both": short, "rows": kind, "scale": single, "kept": kind, "gate_scale": single, "up_scale": single,
          "rows_stride": "i32", "width": "i32"},
-        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": 4096},
-        {"num_warps": 8},
+        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": 8192},
+        {"num_warps": 16, "num_stages": 1},
     )  # fmt: skip
     yield (
         "gated_backward", gated._gated_backward,
         {"upstream": short, "gates": kind, "gate_scale": single, "ups": kind, "up_scale": single,
          "kept_stride": "i32", "gradient": kind, "gradient_scale": single, "product": kind, "product_scale": single,
          "gradient_stride": "i32", "width": "i32"},
-        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": 4096},
-        {"num_warps": 8},
+        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": 8192},
+        {"num_warps": 16, "num_stages": 1},
     )  # fmt: skip
     for normed in (False, True):
         yield (
@@ -75,10 +75,10 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         yield (
             f"rotate_backward{'_normed' * normed}", rotary._rotate_backward,
             {"dq": short, "dk": short, "dv": short, "qkv": short, "inverse": single, "cos": short, "sin": short,
-             "q_norm": short, "k_norm": short, "rows": short if int8 else kind, "scale": single,
+             "q_norm": short, "k_norm": short, "rows": kind, "scale": single,
              **dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "stride", "angle_stride",
                               "rows_stride", "query", "key"), "i32")},
-            {"NORM": normed, "TOP": 0.0 if int8 else top, "D": 128, "HALF": 64, "QUERY": 32, "KEY": 8},
+            {"NORM": normed, "TOP": top, "INT8": int8, "D": 128, "HALF": 64, "QUERY": 32, "KEY": 8},
             {"num_warps": 8},
         )  # fmt: skip
     for name, turned in (("expand", False), ("expand_transposed", True)):

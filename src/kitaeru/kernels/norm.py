@@ -38,10 +38,10 @@ def norm(
     rows = empty_rows(tokens, width, extra, dtype, x)
     rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
     total = x if delta is None else torch.empty_like(x)
+    block = row_block(width)
     _norm[(tokens,)](
         x, delta, total, weight, rows.data, rows.scale, rstd, rows.data.stride(0), width, eps,
-        TOP=top(dtype), INT8=dtype == torch.int8, ADD=delta is not None, BLOCK=row_block(width, turned=rows.turned),
-        num_warps=row_warps(width),
+        TOP=top(dtype), INT8=dtype == torch.int8, ADD=delta is not None, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return total, rows, rstd
 
@@ -70,13 +70,13 @@ def norm_backward(
     tokens, width = dy.shape
     result = torch.empty_like(along)
     rows = None if dtype is None else empty_rows(tokens, width, extra, dtype, dy)
+    block = row_block(width)
     _norm_backward[(tokens,)](
         dy, y.data, y.scale, rstd, weight, along, result,
         None if rows is None else rows.data, None if rows is None else rows.scale,
         y.data.stride(0), 0 if rows is None else rows.data.stride(0), width,
         SCALED=y.scale is not None, TURNED=y.turned, WRITE=rows is not None, TOP=0.0 if dtype is None else top(dtype),
-        INT8=dtype == torch.int8, BLOCK=row_block(width, turned=y.turned or dtype == torch.int8),
-        num_warps=row_warps(width),
+        INT8=dtype == torch.int8, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return result, rows
 
@@ -118,9 +118,10 @@ if triton is not None:
         at = tl.arange(0, BLOCK)
         inside = at < width
         up = tl.load(dy + row * width + at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(y + row * y_stride + at, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(y + row * y_stride + at, mask=inside, other=0.0)
         if TURNED:
-            values = turned(values)
+            values = turned(values.to(tl.bfloat16))
+        values = values.to(tl.float32)
         if SCALED:
             values *= tl.load(y_scale + row)
         by = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from kitaeru.kernels.rows import Rows, empty_rows, put_rows, round_rows, top, turns
 from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.turned import TURN
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
+    from kitaeru.kernels.turned import turned
 
 
 @dataclass(frozen=True)
@@ -101,20 +103,25 @@ def rotate_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, inverse: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads,
     dtype: torch.dtype, extra: int,
 ) -> Rows:  # fmt: skip
-    """The same in one pass; for INT8 in two, since the 64 neighbours to be turned need not lie in one head."""
+    """The same in one pass; in INT8 with heads of less than 64 in two, since the 64 neighbours to be turned are not in
+    one head.
+    """
     if not use_triton(dq):
         return rotate_backward_reference(dq, dk, dv, qkv, inverse, cos, sin, heads, dtype, extra)
-    if turns(dtype):
+    int8 = turns(dtype)
+    if int8 and heads.size % TURN:
         wide = rotate_backward(dq, dk, dv, qkv, inverse, cos, sin, heads, dq.dtype, 0)
         return round_rows(wide.data, dtype, extra)
+    least = 8 if int8 else 1  # kernels turn 512 numbers or more
     tokens = len(dq)
     rows = empty_rows(tokens, heads.width, extra, dtype, dq)
     _rotate_backward[(tokens,)](
         dq, dk, dv, qkv, inverse, cos, sin, heads.q_norm, heads.k_norm, rows.data, rows.scale,
         dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), qkv.stride(0),
         cos.stride(0), rows.data.stride(0), heads.query, heads.key,
-        NORM=inverse is not None, TOP=top(dtype), D=heads.size, HALF=heads.size // 2,
-        QUERY=triton.next_power_of_2(heads.query), KEY=triton.next_power_of_2(heads.key), num_warps=8,
+        NORM=inverse is not None, TOP=top(dtype), INT8=int8, D=heads.size, HALF=heads.size // 2,
+        QUERY=max(least, triton.next_power_of_2(heads.query)), KEY=max(least, triton.next_power_of_2(heads.key)),
+        num_warps=8,
     )  # fmt: skip
     return rows
 
@@ -187,11 +194,21 @@ if triton is not None:
         return back_low, back_high
 
     @triton.jit
+    def _turned_halves(low, high):  # type: ignore[no-untyped-def]
+        """`turn` of heads given as their halves, [heads, 64] or wider, or [heads, 32]."""
+        if low.shape[1] >= 64:
+            return turned(low), turned(high)
+        else:
+            heads: tl.constexpr = low.shape[0]
+            whole = turned(tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (heads, 64)))
+            return tl.split(tl.permute(tl.reshape(whole, (heads, 2, 32)), (0, 2, 1)))
+
+    @triton.jit
     def _rotate_backward(  # type: ignore[no-untyped-def]
         dq, dk, dv, qkv, inverse, cos, sin, q_norm, k_norm, rows, scale,
         q_row, q_head, k_row, k_head, v_row, v_head, stride, angle_stride, rows_stride, query, key,
-        NORM: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, QUERY: tl.constexpr,
-        KEY: tl.constexpr,
+        NORM: tl.constexpr, TOP: tl.constexpr, INT8: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+        QUERY: tl.constexpr, KEY: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, HALF)[None, :]
@@ -214,6 +231,10 @@ if triton is not None:
         k_inside = (k_place < key) & (at < HALF)
         v_low = tl.load(dv + row * v_row + k_place * v_head + at, mask=k_inside, other=0).to(tl.float32)
         v_high = tl.load(dv + row * v_row + k_place * v_head + HALF + at, mask=k_inside, other=0).to(tl.float32)
+        if INT8:
+            q_low, q_high = _turned_halves(q_low, q_high)
+            k_low, k_high = _turned_halves(k_low, k_high)
+            v_low, v_high = _turned_halves(v_low, v_high)
         if TOP > 0:
             of_q = tl.maximum(tl.max(tl.abs(q_low)), tl.max(tl.abs(q_high)))
             of_k = tl.maximum(tl.max(tl.abs(k_low)), tl.max(tl.abs(k_high)))
@@ -224,11 +245,11 @@ if triton is not None:
         else:
             factor = 1.0
         rows += row * rows_stride
-        store_rounded(rows + q_place * D + at, q_low * factor, q_inside, False)
-        store_rounded(rows + q_place * D + HALF + at, q_high * factor, q_inside, False)
+        store_rounded(rows + q_place * D + at, q_low * factor, q_inside, INT8)
+        store_rounded(rows + q_place * D + HALF + at, q_high * factor, q_inside, INT8)
         rows += query * D
-        store_rounded(rows + k_place * D + at, k_low * factor, k_inside, False)
-        store_rounded(rows + k_place * D + HALF + at, k_high * factor, k_inside, False)
+        store_rounded(rows + k_place * D + at, k_low * factor, k_inside, INT8)
+        store_rounded(rows + k_place * D + HALF + at, k_high * factor, k_inside, INT8)
         rows += key * D
-        store_rounded(rows + k_place * D + at, v_low * factor, k_inside, False)
-        store_rounded(rows + k_place * D + HALF + at, v_high * factor, k_inside, False)
+        store_rounded(rows + k_place * D + at, v_low * factor, k_inside, INT8)
+        store_rounded(rows + k_place * D + HALF + at, v_high * factor, k_inside, INT8)

@@ -68,14 +68,14 @@ def turns(dtype: torch.dtype) -> bool:
     return dtype == torch.int8
 
 
-def row_block(width: int, *, turned: bool, most: int = 1 << 20) -> int:
-    """Columns of a row that a kernel holds at a time: a power of two; to turn them, 16 times 64 or more."""
-    return max(1024 if turned else 1, min(most, int(triton.next_power_of_2(width))))
+def row_block(width: int) -> int:
+    """Columns that a kernel holds which holds a whole row: a power of two, and what one warp turns at least."""
+    return max(512, int(triton.next_power_of_2(width)))
 
 
-def row_warps(width: int) -> int:
-    """Warps for a kernel that holds a whole row: at most 32 numbers a thread, up to 16,384 columns."""
-    return 4 if width <= 2048 else 8 if width <= 8192 else 16
+def row_warps(block: int) -> int:
+    """Warps for a kernel that holds a whole row: 16 numbers a thread, 32 from 8,192 columns on."""
+    return block // 512 if block <= 4096 else min(16, block // 1024)
 
 
 def empty_rows(tokens: int, width: int, extra: int, dtype: torch.dtype, like: Tensor, *, plain: bool = False) -> Rows:
@@ -104,10 +104,10 @@ def round_rows(values: Tensor, dtype: torch.dtype, extra: int = 0) -> Rows:
     rows = empty_rows(len(values), values.shape[1], extra, dtype, values)
     if not use_triton(values):
         return put_rows(values, rows)
+    block = row_block(rows.width)
     _round[(len(values),)](
         values, rows.data, rows.scale, values.stride(0), rows.data.stride(0), rows.width,
-        TOP=top(dtype), INT8=dtype == torch.int8, BLOCK=row_block(rows.width, turned=rows.turned),
-        num_warps=row_warps(rows.width),
+        TOP=top(dtype), INT8=dtype == torch.int8, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return rows
 
