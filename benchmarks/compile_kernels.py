@@ -78,7 +78,7 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
              "q_norm": short, "k_norm": short, "rows": kind, "scale": single,
              **dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "stride", "angle_stride",
                               "rows_stride", "query", "key"), "i32")},
-            {"NORM": normed, "TOP": top, "INT8": int8, "D": 128, "HALF": 64, "QUERY": 32, "KEY": 8},
+            {"NORM": normed, "TOP": top, "INT8": int8, "D": 128, "BLOCK": 8192},
             {"num_warps": 8},
         )  # fmt: skip
     for name, turned in (("expand", False), ("expand_transposed", True)):
