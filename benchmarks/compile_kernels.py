@@ -3,7 +3,10 @@
     python benchmarks/compile_kernels.py --sm 86 90 --out benchmarks/results/kernels-compiled.csv
 
 Registers a thread, bytes spilled, shared memory of a block (sm_86 has 99 KB), and the tensor-core instructions found
-in the PTX. Needs the `triton` package and no GPU. Shapes are those of a Llama-3-8B layer.
+in the PTX. Of kernels that hold rows also what a thread issues for each number of a full tile, in all loops or in a
+kernel without one: instructions, those of them that move numbers between threads (shared memory, shuffles, barriers),
+and those of the slow pipe (exponentials, roots, conversions between integers and fractions: 16 a clock). Needs the
+`triton` package and no GPU. Shapes are those of a Llama-3-8B layer.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ from triton.compiler import compile as compile_kernel
 
 from kitaeru.kernels import adapter, frozen, gated, norm, product, rotary, rows
 
-FIELDS = ("kernel", "variant", "sm", "registers", "spilled_bytes", "shared_bytes", "instructions", "seconds")
+FIELDS = (
+    "kernel", "variant", "sm", "registers", "spilled_bytes", "shared_bytes", "issued", "moves", "slow", "instructions",
+    "seconds",
+)  # fmt: skip
 EIGHT = {"fp8": "fp8e4nv", "int8": "i8"}
 
 
@@ -146,16 +152,39 @@ def sums_begun_with(result: Any) -> set[str]:
     return {constants[start] for start in products if start in constants}
 
 
-def resources(result: Any) -> tuple[int, int]:
-    """Registers and spilled bytes, from the assembler."""
+def disassembled(result: Any, what: str) -> str:
+    """What Triton's own cuobjdump says of the compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(result.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
-    text = said.stdout + said.stderr
+        said = subprocess.run([tool, what, path], capture_output=True, text=True, check=True)
+    return said.stdout + said.stderr
+
+
+def resources(result: Any) -> tuple[int, int]:
+    """Registers and spilled bytes, from the assembler."""
+    text = disassembled(result, "-res-usage")
     registers, local = re.search(r"REG:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
     return int(registers[1]) if registers else 0, int(local[1]) if local else 0
+
+
+def issued(result: Any, constants: dict[str, Any], options: dict[str, int]) -> tuple[float | str, ...]:
+    """Instructions a number: all, those that move numbers between threads, those of the slow pipe. Empty for kernels
+    that are no row kernels.
+    """
+    tile = constants.get("BLOCK") or 64 * constants.get("ROWS", 0) * ("KIND" in constants)
+    if not tile:
+        return "", "", ""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", disassembled(result, "-sass"))
+    code = [(int(address, 16), name.split(".")[0], rest) for address, name, rest in found]
+    targets = [(address, re.search(r"0x([0-9a-f]+)", rest)) for address, name, rest in code if name == "BRA"]
+    loops = [(int(to[1], 16), address) for address, to in targets if to and int(to[1], 16) < address]
+    inside = [name for address, name, _ in code if not loops or any(low <= address <= high for low, high in loops)]
+    moving = [name for name in inside if name in ("LDS", "LDSM", "STS", "STSM", "SHFL", "BAR")]
+    slow = [name for name in inside if name in ("MUFU", "I2F", "F2I", "F2F")]
+    numbers = tile / (32 * options["num_warps"])
+    return tuple(round(len(names) / numbers, 1) for names in (inside, moving, slow))
 
 
 def main() -> None:
@@ -174,7 +203,10 @@ def main() -> None:
                     raise RuntimeError(f"{name} for sm_{sm}: a product's sum begins with {begun}")
                 instructions = sorted(set(re.findall(r"(?:mma\.sync|wgmma\.mma_async)[\w.:]*", result.asm["ptx"])))
                 seconds = round(time.perf_counter() - started, 1)
-                said = (name, eight, sm, registers, spilled, result.metadata.shared, " ".join(instructions), seconds)
+                said = (
+                    name, eight, sm, registers, spilled, result.metadata.shared, *issued(result, constants, options),
+                    " ".join(instructions), seconds,
+                )  # fmt: skip
                 found.append(dict(zip(FIELDS, said, strict=True)))
                 print(found[-1], flush=True)
     write(arguments.out, found, FIELDS)

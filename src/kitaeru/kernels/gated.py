@@ -136,7 +136,8 @@ if triton is not None:
     def _act_and_slope(gate, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
         if SILU:
             s = _sigmoid(gate)
-            return gate * s, s * (1 + gate * (1 - s))
+            active = gate * s
+            return active, s + active * (1 - s)
         inner = _K * (gate + 0.044715 * gate * gate * gate)
         t = 2 * _sigmoid(2 * inner) - 1
         slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * _K * (1 + 0.134145 * gate * gate)
