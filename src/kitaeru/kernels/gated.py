@@ -96,8 +96,8 @@ def gated_backward(
 
 
 def _block(width: int) -> dict[str, int]:
-    """Columns at a time, 16 for each thread. A row's second pass is to find it in the cache: few rows at a time, so many
-    warps for each. One stage: loads that a product follows would otherwise go through shared memory.
+    """Columns at a time, 16 for each thread. The second pass over a row is to find it in the cache: few rows at a time,
+    so many warps for each. One stage: loads that a product follows would otherwise go through shared memory.
     """
     block = min(BLOCK, row_block(width))
     return {"BLOCK": block, "num_warps": block // 512, "num_stages": 1}
