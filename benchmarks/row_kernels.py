@@ -2,10 +2,10 @@
 
     python benchmarks/row_kernels.py --tiles --out benchmarks/results/row-kernels.csv
 
-Shapes are those of a Llama-3-8B layer. Microseconds are the GPU's own, from torch's profiler; bytes are what each kernel
-must read and write once; `of_copy` is how near its bytes a second come to those of a large copy. `off` is how far its
-8-bit numbers lie from the reference's, as a share of their size, over 64 tokens. `--tiles` also tries other tiles of the
-gate. Runs on a CPU too (the references, with `--tokens 16`).
+Shapes are those of a Llama-3-8B layer. Microseconds are the GPU's own, from torch's profiler; bytes are what each
+kernel must read and write once; `of_copy` is how near its bytes a second come to those of a large copy. `off` is how
+far its 8-bit numbers lie from the reference's, as a share of their size, over 64 tokens. `--tiles` also tries other
+tiles of the gate. Runs on a CPU too (the references, with `--tokens 16`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def microseconds(work: Callable[[], object], device: str) -> float:
         for _ in range(10):
             work()
         torch.cuda.synchronize()
-    return sum(event.device_time_total for event in seen.key_averages()) / 10
+    return float(sum(event.device_time_total for event in seen.key_averages())) / 10
 
 
 def copy_speed(device: str) -> float:
@@ -89,7 +90,7 @@ def kernels(dtype: torch.dtype, tokens: int, device: str) -> dict[str, tuple[Cal
     scales, none = frozen.scales_of([stored], dtype), torch.zeros(0, 0, device=device)
 
     def rounded(values: Tensor) -> Rows:
-        return rows.put_rows(values, rows.empty_rows(*values.shape, 0, dtype, values))
+        return rows.put_rows(values, rows.empty_rows(len(values), values.shape[1], 0, dtype, values))
 
     def part(n: int) -> gated.Kept:
         return gated.Kept(kept.gate.part(slice(n)), kept.up.part(slice(n)))
@@ -125,6 +126,11 @@ def kernels(dtype: torch.dtype, tokens: int, device: str) -> dict[str, tuple[Cal
     }  # fmt: skip
 
 
+def tiled(tile: tuple[int, int], _: int) -> dict[str, int]:
+    """In place of `gated._block`."""
+    return {"BLOCK": tile[0], "num_warps": tile[1], "num_stages": 1}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
@@ -149,9 +155,8 @@ def main() -> None:
             expected = reference(few)
             for tile in (None, *(TILES if arguments.tiles and gate and cuda else ())):
                 if tile:
-                    block, warps = tile
-                    gated._block = lambda _, b=block, w=warps: {"BLOCK": b, "num_warps": w, "num_stages": 1}
-                spent = microseconds(lambda w=work: w(tokens), device)
+                    gated._block = partial(tiled, tile)
+                spent = microseconds(partial(work, tokens), device)
                 row = {
                     "device": name, "kernel": kernel, "arithmetic": arithmetic, "tokens": tokens,
                     "tile": "x".join(map(str, tile)) if tile else "chosen", "microseconds": round(spent, 1),
