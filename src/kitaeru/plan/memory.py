@@ -301,8 +301,8 @@ def _step_workspace(layout: Layout, shape: ModelShape, setting: Setting) -> int:
 
 
 def device_overhead_bytes(layout: Layout) -> int:
-    """What a CUDA process takes outside torch's allocator: context and loaded kernels, 806 to 810 MB on an H100 when one
-    layout is trained (880 after fifty in one process). 0 on a CPU.
+    """What a CUDA process takes outside torch's allocator: context and loaded kernels, 806 to 810 MB on an H100 when
+    one layout is trained (880 after fifty in one process). 0 on a CPU.
 
     Several devices have NCCL's channels beside it: 0.1 to 0.4 GB for a communicator, not measured here.
     """
