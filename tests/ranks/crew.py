@@ -213,7 +213,7 @@ def settled(world: Any, *, folder: Path, model: Path, data: Path, **options: Any
             k.view(-1, 64, 256)[0, [5, 37]] *= 1e4
             q.view(-1, 64, 256)[:2, [5, 37]] /= 1e4
         fused.qkv = type(fused.qkv)(fused.qkv.members, "int8", fused.qkv.compute)
-    settle_eight_bits(run.loop)
+    eight_bits.settle_eight_bits(run.loop)
     return {
         "kinds": [
             {site: getattr(f, site).arithmetic for site in ("qkv", "out", "both", "down")} for f in trainee.fused
