@@ -20,12 +20,12 @@ if str(TESTS) not in sys.path:
     sys.path[:0] = [str(TESTS), str(Path(__file__).parent)]
 
 
-STEPS = 6
+STEPS = 4
 # Accumulation (a global batch is several micro-batches of uneven length), packing, clipping that bites, decay, dropout.
 HARD = {
     "train__max_steps": STEPS,
     "train__learning_rate": 3e-3,
-    "train__global_batch_tokens": 300,
+    "train__global_batch_tokens": 200,
     "train__max_grad_norm": 0.05,
     "train__weight_decay": 0.1,
     "train__warmup_steps": 1,
@@ -36,7 +36,7 @@ LORA = {"lora__dropout": 0.1, "lora__r": 4, "train__neftune_alpha": 5.0}
 RUN = {
     "train__max_steps": 9,
     "train__learning_rate": 3e-3,
-    "train__global_batch_tokens": 300,
+    "train__global_batch_tokens": 200,
     "train__schedule": "constant",
     "train__warmup_steps": 0,
     "train__save_every": 3,

@@ -156,7 +156,7 @@ def _outer_parts(p: Tensor, x: Rows, shares: Shares) -> Tensor:
 
 if triton is not None:
     from kitaeru.kernels.frozen import high_part
-    from kitaeru.kernels.turned import turning
+    from kitaeru.kernels.turned import turned
 
     @triton.jit
     def _project(  # type: ignore[no-untyped-def]
@@ -246,12 +246,12 @@ if triton is not None:
         # A tile of all A [R, K], or of one share's B [N, r], which is the transposed sum.
         tile, parts, count, across, begin = tl.program_id(0), of_a, parts_a, width, 0
         own, outputs, scaling, down, right = rank, width, 1.0, width, 1
-        turned = TURNED_A
+        turns = TURNED_A
         tiles = tl.cdiv(width, COLUMNS)
         if tile >= tiles:
             tile -= tiles
             out += rank * width
-            turned = TURNED_B
+            turns = TURNED_B
             parts, count, rank, across, down = of_b, parts_b, rank_b, width_b, 1
             own, begin, outputs, scaling = rank_0, column_0, outputs_0, scaling_0
             if SHARES > 1:
@@ -275,7 +275,6 @@ if triton is not None:
         for _ in range(count):
             total += tl.load(place, mask=mask, other=0.0)
             place += rank * across
-        if (TURNED_A or TURNED_B) and turned:
-            rows = tl.reshape(total, (ROWS * COLUMNS // 64, 64))
-            total = tl.reshape(tl.dot(rows, turning().to(tl.float32), input_precision="ieee"), (ROWS, COLUMNS))
+        if (TURNED_A or TURNED_B) and turns:
+            total = turned(total)
         tl.store(out + at * down + column * right, total * scaling, mask=mask)

@@ -23,7 +23,7 @@ from kitaeru.plan.stored import NF4_BLOCK, NF4_SECOND_BLOCK
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
-    from kitaeru.kernels.turned import turned, turning
+    from kitaeru.kernels.turned import turned
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ if triton is not None:
                 by = tl.load(absmax + which, mask=inside, other=0.0)
         if KIND == 1:
             by = tl.load(absmax + row, mask=inside, other=0.0) * (1.0 / 127.0)
-        if SCALED and not TRANSPOSED and not INT8:
+        if SCALED and not TRANSPOSED:
             by *= 1.0 / tl.load(scale + done + row, mask=inside, other=1.0)
         if KIND == 2:
             pair = tl.arange(0, 32)
@@ -329,13 +329,9 @@ if triton is not None:
             pointer = out + (done + row[:, None]) * out_stride + column[None, :]
             mask = inside[:, None]
         if INT8:
-            # Scaled only now: the compiler would begin the product's sum with what rounding adds, and tensor cores drop
-            # the lowest bits of a sum that large.
-            values = turned(values, turning(), ROWS)
+            values = turned(values)
             if TRANSPOSED:
                 values *= (1.0 / tl.load(scale + column))[:, None]
-            else:
-                values *= (1.0 / tl.load(scale + done + row, mask=inside, other=1.0))[:, None]
         store_rounded(pointer, values, mask, INT8)
 
     @triton.jit

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from kitaeru.kernels.rows import Rows, empty_rows, put_rows, row_block, row_warps, top
-from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.triton_or_none import launch, tl, triton, use_triton
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
-    from kitaeru.kernels.turned import turned, turning
+    from kitaeru.kernels.turned import turned
 
 
 def norm_reference(
@@ -43,10 +43,11 @@ def norm(
     rows = empty_rows(tokens, width, extra, dtype, x)
     rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
     total = x if delta is None else torch.empty_like(x)
-    _norm[(tokens,)](
+    block = row_block(width)
+    launch(
+        _norm, (tokens,),
         x, delta, total, weight, rows.data, rows.scale, rstd, rows.data.stride(0), width, eps,
-        TOP=top(dtype), INT8=dtype == torch.int8, ADD=delta is not None, BLOCK=row_block(width, turned=rows.turned),
-        num_warps=row_warps(width),
+        TOP=top(dtype), INT8=dtype == torch.int8, ADD=delta is not None, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return total, rows, rstd
 
@@ -85,14 +86,14 @@ def norm_backward(
     tokens, width = dy.shape
     result = torch.empty_like(along)
     rows = None if dtype is None else empty_rows(tokens, width, extra, dtype, dy)
-    _norm_backward[(tokens,)](
+    block = row_block(width)
+    launch(
+        _norm_backward, (tokens,),
         dy, y.data, y.scale, rstd, weight, along, result,
         None if rows is None else rows.data, None if rows is None else rows.scale,
         y.data.stride(0), 0 if rows is None else rows.data.stride(0), width,
         VARIANCE=variance(y.data.dtype), TURNED=y.turned, WRITE=rows is not None,
-        TOP=0.0 if dtype is None else top(dtype), INT8=dtype == torch.int8,
-        BLOCK=row_block(width, turned=y.turned or dtype == torch.int8),
-        num_warps=row_warps(width),
+        TOP=0.0 if dtype is None else top(dtype), INT8=dtype == torch.int8, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return result, rows
 
@@ -117,7 +118,7 @@ if triton is not None:
         tl.store(rstd + row, inverse)
         result = values * inverse * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         if INT8:
-            result = turned(result, turning(), BLOCK // 64)
+            result = turned(result)
         if TOP > 0:
             step = tl.maximum(tl.max(tl.abs(result), 0) / TOP, 1e-12)
             tl.store(scale + row, step)
@@ -134,9 +135,10 @@ if triton is not None:
         at = tl.arange(0, BLOCK)
         inside = at < width
         up = tl.load(dy + row * width + at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(y + row * y_stride + at, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(y + row * y_stride + at, mask=inside, other=0.0)
         if TURNED:
-            values = turned(values, turning(), BLOCK // 64)
+            values = turned(values.to(tl.bfloat16))
+        values = values.to(tl.float32)
         by = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         if VARIANCE > 0:
             unit = tl.load(y_scale + row)
@@ -150,7 +152,7 @@ if triton is not None:
         tl.store(dx + row * width + at, result.to(dx.dtype.element_ty), mask=inside)
         if WRITE:
             if INT8:
-                result = turned(result, turning(), BLOCK // 64)
+                result = turned(result)
             if TOP > 0:
                 step = tl.maximum(tl.max(tl.abs(result), 0) / TOP, 1e-12)
                 tl.store(scale + row, step)

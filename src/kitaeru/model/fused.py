@@ -231,7 +231,7 @@ class _Layer(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             if layer.recompute:
                 x = ctx.saved_tensors[0] if layer.host is None else _once(ctx).take()
-                _, saved = layer.attend(x, ctx.place)
+                saved = layer.attend(x, ctx.place)[1]  # the stream itself is not needed
                 del x
             else:
                 saved = _once(ctx)

@@ -56,6 +56,9 @@ class Site:
     """Linear layers that share their input, in one arithmetic; in 16 bits where INT8 is wanted and a side is
     not a multiple of 64.
 
+    `dtype`: of the rows it takes; `extra`: further columns of these, and of the gradients it is given; `outputs`:
+    columns of its result; `parameters`: what is trained, A and B of each adapted member. All are worked out once.
+
     `holds`: expanded weights are held once they are made, 1 or 2 bytes a weight for each pass, instead of for one
     product; by default on a CPU, whose references expand slowly.
     """
@@ -64,6 +67,10 @@ class Site:
     arithmetic: Arithmetic
     compute: torch.dtype
     holds: bool = False
+    dtype: torch.dtype = field(init=False)
+    extra: int = field(init=False)
+    outputs: int = field(init=False)
+    parameters: list[Tensor] = field(init=False)
     scales: Scales = field(init=False)
     bias: Tensor | None = field(init=False)
     weights: Weights = field(init=False)
@@ -73,9 +80,11 @@ class Site:
     _held: dict[bool, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if turns(self.dtype) and any(side % TURN for m in self.members for side in m.stored.shape):
-            self.arithmetic = "16bit"
         self.weights = Weights(tuple(m.stored for m in self.members))
+        self.outputs = self.weights.shape[0]
+        self.dtype = storage(self.arithmetic, self.compute)
+        if turns(self.dtype) and any(side % TURN for m in self.members for side in m.stored.shape):
+            self.arithmetic, self.dtype = "16bit", self.compute
         self.scales = scales_of(self.weights, self.dtype)
         self.holds = self.holds or self.members[0].stored.data.device.type == "cpu"
         biases = [m.bias for m in self.members]
@@ -94,43 +103,32 @@ class Site:
                 row += len(m.a)
             column += m.stored.shape[0]
         self.shares = Shares(tuple(shares))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the rows it takes."""
-        return storage(self.arithmetic, self.compute)
+        self.extra = extra_columns(self.arithmetic, self.rank)
+        self.parameters = [p for m in self.members if m.a is not None and m.b is not None for p in (m.a, m.b)]
 
     @property
     def rank(self) -> int:
         """The sum of the adapters' ranks."""
         return self.shares.rank
 
-    @property
-    def extra(self) -> int:
-        """Further columns of the rows it takes, and of the gradients it is given."""
-        return extra_columns(self.arithmetic, self.rank)
-
-    @property
-    def outputs(self) -> int:
-        """Columns of its result."""
-        return sum(m.stored.shape[0] for m in self.members)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """What is trained: A and B of each adapted member."""
-        return [p for m in self.members if m.a is not None and m.b is not None for p in (m.a, m.b)]
-
     def thin(self) -> tuple[Tensor, Tensor]:
         """All A, one below the other [R, K], and all B, each in its own rows, scaled and transposed [R, N]."""
-        seen = (_steps, *(p._version for p in self.parameters))
+        seen = (_steps, *[p._version for p in self.parameters])
         if self._thin is None or seen != self._seen:
             with torch.no_grad():
-                down = torch.cat([m.a for m in self.members if m.a is not None]).to(self.compute)
-                up = down.new_zeros((self.rank, self.outputs))
-                trained = [m.b for m in self.members if m.b is not None]
-                for s, b in zip(self.shares.each, trained, strict=True):
-                    up[s.row : s.row + s.rank, s.column : s.column + s.outputs] = (b * s.scaling).T
-            self._seen, self._thin = seen, (down, up)
+                if self._thin is None:
+                    like = self.parameters[0]
+                    shapes = (self.rank, self.weights.shape[1]), (self.rank, self.outputs)
+                    self._thin = (
+                        like.new_empty(shapes[0], dtype=self.compute),
+                        like.new_zeros(shapes[1], dtype=self.compute),
+                    )
+                down, up = self._thin
+                for s, a, b in zip(self.shares.each, self.parameters[::2], self.parameters[1::2], strict=True):
+                    rows = slice(s.row, s.row + s.rank)
+                    down[rows].copy_(a)
+                    torch.mul(b.T, s.scaling, out=up[rows, s.column : s.column + s.outputs])
+            self._seen = seen
         return self._thin
 
     def forward(self, x: Rows) -> tuple[Tensor, Tensor | None]:

@@ -27,6 +27,7 @@ FORMULAS: dict[str, str] = {
     ),
     "head": N_("512 rows of logits in 32 bits, up to 3 copies, and the gradient of what the head reads"),
     "workspace": N_("gradients of one layer while its backward pass runs, and one unpacked weight"),
+    "libraries": N_("on sm_90 32 MiB for each of two threads, elsewhere less"),
     "gathered": N_("two layers and the tables put together from all devices, or two layers that come from RAM"),
     "communication": N_("five buckets of 32 MiB of gradients, or what stages hand over"),
     "process": N_("measured: Python, torch and transformers imported"),
@@ -64,7 +65,7 @@ MEMORY_GROUPS: dict[str, tuple[str, ...]] = {
     "weights": ("weights", "quantization", "gathered", "process"),
     "trained": ("adapter", "gradients", "optimizer", "weight_casts"),
     "activations": ("activations",),
-    "work": ("head", "workspace", "communication"),
+    "work": ("head", "workspace", "libraries", "communication"),
 }
 
 

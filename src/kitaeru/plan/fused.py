@@ -9,15 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kitaeru.plan.stored import NF4_BLOCK, adapted
+from kitaeru.plan.stored import adapted
 from kitaeru.plan.types import Arithmetic, Layout
 from kitaeru.recipe.types import LoraSection
 from kitaeru.shape import Linear, ModelShape
 
 # Tokens that the MLP of a layer takes at a time where it is computed again, and a final norm.
 MLP_TOKENS = 16384
-# What cuBLAS and cuBLASLt work in, from torch's allocator (on sm_90; elsewhere it is less).
-PRODUCTS_BYTES = 64 << 20
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # What reads the same tensor is one product.
 GROUPS: tuple[tuple[str, ...], ...] = (
@@ -134,14 +132,13 @@ def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int
     forward = tokens * 3 * h * w + piece * (of_both + n * (f + down.extra(layout)))
     middle = tokens * w * h + piece * (n * (h + down.extra(layout)) + w * f + gradient + n * f)
     back = tokens * 2 * w * h + piece * gradient + n * h * (2 * f + both.extra(layout))
-    products = PRODUCTS_BYTES if layout.device == "cuda" else 0
     if not again:
-        return products + max(forward, middle, back)
+        return max(forward, middle, back)
     whole = tokens * w * h if piece < tokens else 0  # the gradient of what the MLP reads
     key = 2 * w * shape.kv_size + (2 * w * shape.q_size if shape.kv_size != shape.q_size else 0)
     attention = tokens * (2 * w * h + (4 + 2 * w) * shape.q_size + key)
     gone = tokens * n * (h + both.extra(layout)) + piece * 2 * f * w  # of what the layer keeps
-    return products + max(forward, middle + whole, back, attention - gone)
+    return max(forward, middle + whole, back, attention - gone)
 
 
 def held_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[int, int]:
@@ -165,10 +162,7 @@ def streamed_bytes_per_token(layout: Layout, shape: ModelShape, lora: LoraSectio
         thin = n * (h + q + h + f) if size else 0
         return float(rows + thin)
     gates = 2 * f if layout.activations == "keep8" else 2 * w * f
-    apart = 2 * w * (q + 2 * kv) * _turns(layout)  # the gradient of q, k and v is turned in a second pass
-    rows = (
-        apart + (w + n) * h + w * f + gates + 3 * n * f + (3 * w + 2 * n) * h + (w + n) * (q + 2 * kv) + (3 * w + n) * h
-    )
+    rows = (w + n) * h + w * f + gates + 3 * n * f + (3 * w + 2 * n) * h + (w + n) * (q + 2 * kv) + (3 * w + n) * h
     outputs = q + 2 * kv + h + 2 * f + h
     thin = 2 * n * outputs + n * (2 * h + f) + w * q if size else 0
     return float(rows + thin)
@@ -187,15 +181,14 @@ EVEN_HEADS = (64, 128)
 
 
 def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
-    """FLOP in 16 bits that turn one layer's rows and weights for one pass: 64 products and additions a number.
-
-    The kernels of the gate read a row twice, once for its scale, and turn it twice.
+    """FLOP in 16 bits that turn one layer's rows and weights for one pass: two products with 16 x 16 a number, each 16
+    products and additions. The kernels of the gate read a row twice, once for its scale, and turn it twice.
     """
     if not _turns(layout):
         return 0.0
     h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
     rows = 2 * h + q + 2 * f if forward else 4 * h + 4 * f + q + 2 * kv
-    return 2.0 * NF4_BLOCK * (layout.micro_batch_tokens * rows + shape.linear_parameters() / shape.layers)
+    return 64.0 * (layout.micro_batch_tokens * rows + shape.linear_parameters() / shape.layers)
 
 
 def operations(layout: Layout, *, forward: bool) -> float:

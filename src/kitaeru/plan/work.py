@@ -80,7 +80,7 @@ def layer_forward(layout: Layout, shape: ModelShape, setting: Setting, typical: 
     >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda")
     >>> work = layer_forward(layout, llama, Setting(LoraSection()), 2048)
     >>> round(work.gemm / 4096 / 1e9, 3), round(work.eager / 4096 / 1e6, 2)
-    (0.436, 1.26)
+    (0.436, 1.11)
     """
     if fused.is_fused(layout):
         return _fused_pass(layout, shape, setting, typical, forward=True)
@@ -218,7 +218,8 @@ def _eager_bytes(layout: Layout, shape: ModelShape, setting: Setting, *, forward
     c, h, r = compute_bytes(layout), shape.hidden, residual_bytes(layout)
     qk, kv, f = shape.q_size + shape.kv_size, shape.kv_size, shape.intermediate if not shape.experts else 0
     f += shape.experts_per_token * shape.expert_intermediate + shape.shared_expert_intermediate
-    norm = shape.norms_per_layer * (19 * c if forward else 30 * c) * h
+    normed = shape.norms_per_layer * h + (qk if shape.qk_norm else 0)
+    norm = (19 * c if forward else 45 * c) * normed
     rotation = (12 if forward else 14) * c * qk + (4 * c * shape.q_size if setting.repeats_keys and kv else 0)
     mlp = (5 if forward else 8) * c * f
     residual = (2 if forward else 4) * 3 * r * h
@@ -230,8 +231,10 @@ def _eager_bytes(layout: Layout, shape: ModelShape, setting: Setting, *, forward
     linears = adapted(shape, setting.lora)
     inputs = sum(linear.count * linear.inputs for linear in linears) / shape.layers
     outputs = sum(linear.count * linear.outputs for linear in linears) / shape.layers
-    casts = 6 if layout.base != "nf4" and c == 2 else 3
     more = 2 if setting.lora.dora else 1
+    if layout.base == "nf4":
+        return total + more * c * ((inputs + 8 * outputs) if forward else (6 * inputs + 4 * outputs))
+    casts = 6 if c == 2 else 3
     return total + more * ((c * 4 + casts) * inputs + 6 * c * outputs) * (1.0 if forward else 1.2)
 
 
@@ -252,7 +255,8 @@ def _weight_traffic(layout: Layout, shape: ModelShape, setting: Setting, *, forw
 def _operations(layout: Layout, shape: ModelShape, setting: Setting) -> float:
     """Operations the host launches for one layer's forward pass."""
     linears = len(shape.linears())
-    count = 64.0 + 11 * shape.norms_per_layer / 2 + linears * (3 if trains_all(layout) else 1.6)
+    norms = shape.norms_per_layer + (2 if shape.qk_norm else 0)
+    count = 58.0 + 5.5 * norms + linears * (3 if trains_all(layout) else 1.6)
     if not trains_all(layout):
         count += 13 * len(adapted(shape, setting.lora)) * (2 if setting.lora.dora else 1)
     if layout.base != "none":

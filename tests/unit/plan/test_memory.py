@@ -19,7 +19,8 @@ from kitaeru.shape import ModelShape
 # Two steps of two micro-batches with the engine's own loading, adapter, loss and optimizer, two examples to a row:
 # torch's max_memory_allocated on an H100, torch 2.11, transformers 5.17, PEFT 0.21, bitsandbytes 0.50. Models have the
 # catalogue's widths and fewer layers. Points whose fullest moment was the loss head were taken out when the gradient
-# took the logits' place there (kernels.linear_cross_entropy).
+# took the logits' place there (kernels.linear_cross_entropy); those of today's head are in the grid. All lie by
+# the same 64 MiB below the grid's: cuBLAS's workspaces are not in them.
 MEASURED = Path(__file__).with_name("measured_h100.csv")
 # Plain attention in fp32 and DoRA's temporaries are bounded from above.
 LOOSE = 0.10
@@ -48,12 +49,13 @@ def test_the_peak_is_the_measured_one(row: dict[str, str]) -> None:
         tokens,
         "cuda",  # type: ignore[arg-type]
     )
-    predicted = sum(memory_items(layout, shape, setting).values()) / 1e9
+    items = memory_items(layout, shape, setting)
+    predicted = (sum(items.values()) - items["libraries"]) / 1e9
     measured = float(row["peak_gb"])
     if lora.dora or row["precision"] == "fp32":
         assert 0 <= predicted / measured - 1 < LOOSE
     else:
-        assert predicted == pytest.approx(measured, rel=0.03)
+        assert predicted == pytest.approx(measured, rel=0.002)
 
 
 LLAMA = ModelShape("llama", 256, 704, 2, 4, 2, 64, 1000)

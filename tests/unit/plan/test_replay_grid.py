@@ -17,15 +17,13 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 MEASURED = BENCHMARKS / "results" / "planner-grid-h100.csv"
 CHOSEN = BENCHMARKS / "results" / "planner-choice-h100.csv"
 # How far a prediction may be from what was measured.
-MEMORY, TIME_MEDIAN, TIME_WORST = 0.03, 0.10, 0.20
-# Memory of the process has the allocator's fragments in it: a tenth of the points may be further off than the first.
-PROCESS, PROCESS_WORST = 0.05, 0.065
-# Known to be further off. Packed experts computed again: too much by 0.27 GB. 16,384 tokens of a small model trained
-# whole: slower than planned, and it is not known why.
-KNOWN = {
-    "mixtral-8x7b/2/single/qlora/recompute/8192/2048/1/0.0": 0.05,
-    "qwen3-0.6b/28/single/full/recompute/16384/2048/-16384/24": 0.26,
-}
+MEMORY, MEMORY_MEDIAN, TIME_MEDIAN, TIME_WORST = 0.005, 0.001, 0.08, 0.18
+PROCESS, PROCESS_MEDIAN = 0.05, 0.02
+# Known to be further off: a soft-capped head of 256,000 words leaves 0.8 GB of fragments.
+KNOWN = {"gemma-2-2b/13/single/lora/recompute/2048/2048/1/0.0": 0.07}
+# Of the other table, measured when a recomputed fused layer still held the stream after attention: 2 bytes x width a
+# token more than today. And a point that does not fit under its cap, so that it ran on a lower rung.
+STREAM_HELD, LOWER_RUNG = 0.016, "single/qlora/fp8/keep/16384"
 
 
 def test_every_point_can_be_planned_as_it_is_pinned() -> None:
@@ -79,17 +77,21 @@ def test_a_point_is_measured_with_the_engine(tmp_path: Path) -> None:
     assert row["layout"] == "single/qlora/recompute/32"
 
 
-@pytest.fixture(scope="module")
-def replayed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float | str]]:
+def _replayed(table: Path, data: Path) -> list[dict[str, float | str]]:
     """Each good row, with what today's planner says of its point on the machine that was measured."""
-    if not MEASURED.exists():
+    if not table.exists():
         pytest.skip("no grid has been measured yet")
-    data = tmp_path_factory.mktemp("data")
-    shutil.copy(MEASURED.with_suffix(".profile.json"), data / "profile.json")
     machine = Hardware.load(MEASURED.with_suffix(".machine.json"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KITAERU_DATA", str(data))
-        return [row | grid.predicted(_as_measured(row, machine)) for row in grid.read(MEASURED) if not row["error"]]
+        return [row | grid.predicted(_as_measured(row, machine)) for row in grid.read(table) if not row["error"]]
+
+
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float | str]]:
+    data = tmp_path_factory.mktemp("data")
+    shutil.copy(MEASURED.with_suffix(".profile.json"), data / "profile.json")
+    return _replayed(MEASURED, data)
 
 
 def _as_measured(row: dict[str, str], machine: Hardware) -> Plan:
@@ -128,13 +130,23 @@ def _further(off: dict[str, float], than: float) -> dict[str, str]:
 def test_peak_memory(replayed: list[dict[str, float | str]]) -> None:
     off = _off(replayed, "predicted_bytes", "allocated_bytes")
     assert _further(off, MEMORY) == {}
-    assert statistics.median(off.values()) <= MEMORY / 3
+    assert statistics.median(off.values()) <= MEMORY_MEDIAN
 
 
 def test_memory_of_the_process(replayed: list[dict[str, float | str]]) -> None:
     off = _off(replayed, "predicted_process_bytes", "process_bytes")
-    assert _further(off, PROCESS_WORST) == {}
-    assert len(_further(off, PROCESS)) <= len(off) / 10
+    assert _further(off, PROCESS) == {}
+    assert statistics.median(off.values()) <= PROCESS_MEDIAN
+
+
+def test_memory_of_layouts_that_nothing_was_fitted_to(tmp_path: Path) -> None:
+    rows = [row for row in _replayed(CHOSEN, tmp_path) if row["layout"] != LOWER_RUNG]
+    assert len(rows) >= 10
+    again = [row for row in rows if "/recompute/" in str(row["layout"])]
+    assert _further(_off(again, "predicted_bytes", "allocated_bytes"), STREAM_HELD) == {}
+    others = [row for row in rows if row not in again]
+    assert _further(_off(others, "predicted_bytes", "allocated_bytes"), MEMORY) == {}
+    assert _further(_off(rows, "predicted_process_bytes", "process_bytes"), PROCESS) == {}
 
 
 def test_step_time(replayed: list[dict[str, float | str]]) -> None:

@@ -100,7 +100,7 @@ def test_whole_training_from_128_gb_of_ram(name: str, gpus: str) -> None:
     assert found.plan is not None
     chosen = found.plan.chosen
     assert chosen.layout.way == ("fsdp-offload" if gpus.startswith("2x") else "single-offload")
-    assert max(chosen.device_peaks) < 23e9
+    assert max(chosen.device_peaks) < 23.5e9
     assert sum(chosen.host.values()) == chosen.host_bytes < 115.2e9
     assert found.plan.recipe.train.optimizer == "adamw_16bit"
     assert "held in 16 bits" in " ".join(chosen.why)
