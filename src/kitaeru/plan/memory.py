@@ -165,7 +165,7 @@ def _layer_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> in
 
 def _mixture_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """What the backward pass of transformers' experts holds, in one grouped product: beside the gradient of the result
-    what adds up a token's pairs, three times in 32 bits and rounded; or the gradient of the activated product, and that
+    what adds up a token's pairs, three times in 32 bits, and in a layer that was kept also rounded; or the gradient of the activated product, and that
     of the weights of the way down where these are trained or an adapter is added to a copy of them; or both gradients
     of the product of gate and up.
     """
@@ -174,7 +174,7 @@ def _mixture_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> 
     weights = (c + 4 if c == 2 else 4) * down if trains_all(layout) else c * down
     weights *= trains_all(layout) or merges_experts(layout, shape, lora)
     active = c * pairs * shape.expert_intermediate
-    sums = (12 + c) * pairs * h
+    sums = (12 if layout.again(shape.layers) else 12 + c) * pairs * h
     return residual_bytes(layout) * layout.micro_batch_tokens * h + max(sums, active + weights, 2 * active)
 
 
@@ -292,7 +292,7 @@ def _step_workspace(layout: Layout, shape: ModelShape, setting: Setting) -> int:
 
 
 def device_overhead_bytes(layout: Layout) -> int:
-    """What a CUDA process takes outside torch's allocator: context and loaded kernels, 806 to 810 MB on an H100 when one
+    """What a CUDA process takes outside torch's allocator: context and loaded kernels, 806 to 810 MB on an H100 if one
     layout is trained (880 after fifty in one process). 0 on a CPU.
 
     Several devices have NCCL's channels beside it: 0.1 to 0.4 GB for a communicator, not measured here.
