@@ -33,7 +33,7 @@ class Alive(TorchDispatchMode):
     """Bytes of all storages but a model's own that something still refers to, and their highest sum."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         own = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
         self.sizes: dict[int, tuple[Any, int]] = {storage._cdata: (storage, 0) for storage in own}
         self.total = self.peak = 0
