@@ -175,7 +175,8 @@ def _mixture_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> 
     weights *= trains_all(layout) or merges_experts(layout, shape, lora)
     active = c * pairs * shape.expert_intermediate
     sums = (12 if layout.again(shape.layers) else 12 + c) * pairs * h
-    return residual_bytes(layout) * layout.micro_batch_tokens * h + max(sums, active + weights, 2 * active - c * pairs * h)
+    result = residual_bytes(layout) * layout.micro_batch_tokens * h
+    return result + max(sums, active + weights, 2 * active - c * pairs * h)
 
 
 def _experts_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
