@@ -3,7 +3,10 @@
     python benchmarks/compile_kernels.py --sm 86 90 --out benchmarks/results/kernels-compiled.csv
 
 Registers a thread, bytes spilled, shared memory of a block (sm_86 has 99 KB), and the tensor-core instructions found
-in the PTX. Needs the `triton` package and no GPU. Shapes are those of a Llama-3-8B layer.
+in the PTX. Of kernels that hold rows also what a thread issues for each number of a full tile, in all loops or in a
+kernel without one: instructions, those of them that move numbers between threads (shared memory, shuffles, barriers),
+and those of the slow pipe (exponentials, roots, conversions between integers and fractions: 16 a clock). Needs the
+`triton` package and no GPU. Shapes are those of a Llama-3-8B layer.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from table import write
 from triton.backends.compiler import GPUTarget
@@ -25,7 +29,10 @@ from triton.compiler import compile as compile_kernel
 
 from kitaeru.kernels import adapter, frozen, gated, norm, product, rotary, rows
 
-FIELDS = ("kernel", "variant", "sm", "registers", "spilled_bytes", "shared_bytes", "instructions", "seconds")
+FIELDS = (
+    "kernel", "variant", "sm", "registers", "spilled_bytes", "shared_bytes", "issued", "moves", "slow", "instructions",
+    "seconds",
+)  # fmt: skip
 EIGHT = {"fp8": "fp8e4nv", "int8": "i8"}
 
 
@@ -48,22 +55,23 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         "norm_backward", norm._norm_backward,
         {"dy": short, "y": kind, "y_scale": single, "rstd": single, "weight": short, "along": short, "dx": short,
          "rows": kind, "scale": single, "y_stride": "i32", "rows_stride": "i32", "width": "i32"},
-        {"SCALED": True, "TURNED": int8, "WRITE": True, "TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
+        {"VARIANCE": norm.variance(torch.int8 if int8 else torch.float8_e4m3fn), "TURNED": int8, "WRITE": True,
+         "TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
     )  # fmt: skip
     yield (
         "gated", gated._gated,
         {"both": short, "rows": kind, "scale": single, "kept": kind, "gate_scale": single, "up_scale": single,
          "rows_stride": "i32", "width": "i32"},
-        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": 1024 if int8 else 4096},
-        {"num_warps": 4 if int8 else 8},
+        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": 8192},
+        {"num_warps": 16, "num_stages": 1},
     )  # fmt: skip
     yield (
         "gated_backward", gated._gated_backward,
         {"upstream": short, "gates": kind, "gate_scale": single, "ups": kind, "up_scale": single,
          "kept_stride": "i32", "gradient": kind, "gradient_scale": single, "product": kind, "product_scale": single,
          "gradient_stride": "i32", "width": "i32"},
-        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": 1024 if int8 else 4096},
-        {"num_warps": 4 if int8 else 8},
+        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": 8192},
+        {"num_warps": 16, "num_stages": 1},
     )  # fmt: skip
     for normed in (False, True):
         yield (
@@ -75,40 +83,45 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         yield (
             f"rotate_backward{'_normed' * normed}", rotary._rotate_backward,
             {"dq": short, "dk": short, "dv": short, "qkv": short, "inverse": single, "cos": short, "sin": short,
-             "q_norm": short, "k_norm": short, "rows": short if int8 else kind, "scale": single,
+             "q_norm": short, "k_norm": short, "rows": kind, "scale": single,
              **dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "stride", "angle_stride",
                               "rows_stride", "query", "key"), "i32")},
-            {"NORM": normed, "TOP": 0.0 if int8 else top, "D": 128, "HALF": 64, "QUERY": 32, "KEY": 8},
+            {"NORM": normed, "TOP": top, "INT8": int8, "D": 128, "BLOCK": 8192},
             {"num_warps": 8},
         )  # fmt: skip
     for name, turned in (("expand", False), ("expand_transposed", True)):
         yield (
             name, frozen._expand,
-            {"data": byte, "absmax": byte, "code": single, "absmax_code": single, "absmax_scale": single,
-             "absmax_offset": "fp32", "scale": single, "out": kind, "out_stride": "i32", "outputs": "i32",
-             "inputs": "i32", "done": "i32"},
-            {"KIND": 2, "NESTED": True, "SCALED": True, "INT8": int8, "TRANSPOSED": turned,
-             "ROWS": 128 if turned or int8 else 64}, {"num_warps": 4},
-        )  # fmt: skip
-    if eight == "fp8":
-        yield (
-            "extend", frozen._extend,
-            {"values": short, "scale": single, "out": kind, "row_stride": "i32", "rank_stride": "i32",
-             "out_stride": "i32", "rows": "i32", "width": "i32", "rank": "i32", "extra": "i32"},
-            {"SCALED": True, "FP8": True, "WEIGHT": True, "ROWS": 32, "EXTRA": 128}, {"num_warps": 4},
+            {**dict.fromkeys(("data", "data_1", "data_2", "absmax", "absmax_1", "absmax_2"), byte),
+             **dict.fromkeys(("absmax_scale", "absmax_scale_1", "absmax_scale_2"), single),
+             **dict.fromkeys(("code", "absmax_code", "scale"), single),
+             **dict.fromkeys(("absmax_offset", "absmax_offset_1", "absmax_offset_2"), "fp32"),
+             **dict.fromkeys(("outputs", "outputs_1", "outputs_2", "out_stride", "inputs", "done", "adapter_row",
+                              "adapter_rank", "width", "rank", "extra"), "i32"), "out": kind, "adapter": short},
+            {"KIND": 2, "NESTED": True, "SCALED": True, "INT8": int8, "FP8": not int8, "TRANSPOSED": turned,
+             "WEIGHTS": 3, "ROWS": 128 if turned or int8 else 64, "BESIDE": not int8}, {"num_warps": 4},
         )  # fmt: skip
     yield (
         "project", adapter._project,
-        {"x": kind, "scale": single, "p": short, "out": short, "x_stride": "i32", "tokens": "i32", "width": "i32",
-         "rank": "i32"},
-        {"SCALED": True, "ROWS": 64, "COLUMNS": 256 if sm >= 90 else 128, "RANK": 64},
+        {"x": kind, "scale": single, "p": short, "out": short,
+         **dict.fromkeys(("x_stride", "tokens", "width", "rank", "extra"), "i32")},
+        {"SCALED": True, "FP8": not int8, "ROWS": 64, "COLUMNS": 256 if sm >= 90 else 128, "RANK": 64,
+         "EXTRA": 0 if int8 else 128},
         {"num_warps": 4, "num_stages": 3},
     )  # fmt: skip
+    places = [f"{name}_{number}" for name in ("row", "rank", "column", "outputs") for number in range(3)]
     yield (
         "outer", adapter._outer,
-        {"p": short, "x": kind, "scale": single, "out": single, "p_stride": "i32", "x_stride": "i32",
-         "tokens": "i32", "width": "i32", "rank": "i32", "each": "i32"},
-        {"SCALED": True, "ROWS": 128, "COLUMNS": 128, "RANK": 64}, {"num_warps": 4, "num_stages": 3},
+        {"p": short, "x": kind, "scale": single, "out": single,
+         **dict.fromkeys(("p_stride", "x_stride", "tokens", "width", "rank", "each", *places), "i32")},
+        {"SCALED": True, "SHARES": 3, "ROWS": 128, "COLUMNS": 128, "RANK": 64}, {"num_warps": 4, "num_stages": 3},
+    )  # fmt: skip
+    yield (
+        "add_up", adapter._add_up,
+        {"of_a": single, "of_b": single, "out": single,
+         **dict.fromkeys(("parts_a", "parts_b", "rank", "width", "rank_b", "width_b", *places[3:]), "i32"),
+         **dict.fromkeys((f"scaling_{number}" for number in range(3)), "fp32")},
+        {"TURNED_A": int8, "TURNED_B": int8, "SHARES": 3, "COLUMNS": 128, "ROWS": 16}, {"num_warps": 4},
     )  # fmt: skip
     if eight == "int8":
         for number, config in enumerate(product._CONFIGS):
@@ -146,16 +159,39 @@ def sums_begun_with(result: Any) -> set[str]:
     return {constants[start] for start in products if start in constants}
 
 
-def resources(result: Any) -> tuple[int, int]:
-    """Registers and spilled bytes, from the assembler."""
+def disassembled(result: Any, what: str) -> str:
+    """What Triton's own cuobjdump says of the compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(result.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
-    text = said.stdout + said.stderr
+        said = subprocess.run([tool, what, path], capture_output=True, text=True, check=True)
+    return said.stdout + said.stderr
+
+
+def resources(result: Any) -> tuple[int, int]:
+    """Registers and spilled bytes, from the assembler."""
+    text = disassembled(result, "-res-usage")
     registers, local = re.search(r"REG:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
     return int(registers[1]) if registers else 0, int(local[1]) if local else 0
+
+
+def issued(result: Any, constants: dict[str, Any], options: dict[str, int]) -> tuple[float | str, ...]:
+    """Instructions a number: all, those that move numbers between threads, those of the slow pipe. Empty for kernels
+    that are no row kernels.
+    """
+    tile = constants.get("BLOCK") or 64 * constants.get("ROWS", 0) * ("KIND" in constants)
+    if not tile:
+        return "", "", ""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", disassembled(result, "-sass"))
+    code = [(int(address, 16), name.split(".")[0], rest) for address, name, rest in found]
+    targets = [(address, re.search(r"0x([0-9a-f]+)", rest)) for address, name, rest in code if name == "BRA"]
+    loops = [(int(to[1], 16), address) for address, to in targets if to and int(to[1], 16) < address]
+    inside = [name for address, name, _ in code if not loops or any(low <= address <= high for low, high in loops)]
+    moving = [name for name in inside if name in ("LDS", "LDSM", "STS", "STSM", "SHFL", "BAR")]
+    slow = [name for name in inside if name in ("MUFU", "I2F", "F2I", "F2F")]
+    numbers = tile / (32 * options["num_warps"])
+    return tuple(round(len(names) / numbers, 1) for names in (inside, moving, slow))
 
 
 def main() -> None:
@@ -174,7 +210,10 @@ def main() -> None:
                     raise RuntimeError(f"{name} for sm_{sm}: a product's sum begins with {begun}")
                 instructions = sorted(set(re.findall(r"(?:mma\.sync|wgmma\.mma_async)[\w.:]*", result.asm["ptx"])))
                 seconds = round(time.perf_counter() - started, 1)
-                said = (name, eight, sm, registers, spilled, result.metadata.shared, " ".join(instructions), seconds)
+                said = (
+                    name, eight, sm, registers, spilled, result.metadata.shared, *issued(result, constants, options),
+                    " ".join(instructions), seconds,
+                )  # fmt: skip
                 found.append(dict(zip(FIELDS, said, strict=True)))
                 print(found[-1], flush=True)
     write(arguments.out, found, FIELDS)

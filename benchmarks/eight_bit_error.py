@@ -76,6 +76,37 @@ def losses(model: Any, whole: Any, rows: Tensor, given: dict[str, Any]) -> tuple
     return torch.stack(found), torch.cat(gradients).double()
 
 
+def prepared(folder: Path, texts: Path, count: int) -> tuple[Any, Tensor, dict[str, Any]]:
+    """The frozen model in fp32, `count` rows of `LENGTH` tokens, and what it is called with beside them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention.register()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lines = texts.read_text(encoding="utf-8").splitlines()
+    text = "\n\n".join(json.loads(line)["text"] for line in lines)[: count * LENGTH * 6]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: count * LENGTH]
+    rows = torch.tensor(ids, device=device).view(-1, LENGTH)
+    starts = torch.tensor([0, LENGTH], dtype=torch.int32, device=device)
+    given = {
+        "position_ids": torch.arange(LENGTH, device=device)[None], "use_cache": False, "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts, "max_length_q": LENGTH, "max_length_k": LENGTH,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention.NAME).to(
+        device
+    )
+    model.requires_grad_(False)
+    return model, rows, given
+
+
+def adapted(model: Any) -> Any:
+    """The model with an adapter that is not nought."""
+    torch.manual_seed(0)
+    whole = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
+    for name, parameter in whole.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.005 * torch.randn_like(parameter)
+    return whole
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -83,22 +114,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help=f"of {LENGTH} tokens")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    attention.register()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    lines = arguments.texts.read_text(encoding="utf-8").splitlines()
-    text = "\n\n".join(json.loads(line)["text"] for line in lines)[: arguments.rows * LENGTH * 6]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: arguments.rows * LENGTH]
-    rows = torch.tensor(ids, device=device).view(-1, LENGTH)
-    starts = torch.tensor([0, LENGTH], dtype=torch.int32, device=device)
-    given = {
-        "position_ids": torch.arange(LENGTH, device=device)[None], "use_cache": False, "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts, "max_length_q": LENGTH, "max_length_k": LENGTH,
-    }  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, dtype=torch.float32, attn_implementation=attention.NAME
-    ).to(device)
-    model.requires_grad_(False)
+    model, rows, given = prepared(arguments.model, arguments.texts, arguments.rows)
     table: list[tuple[str, str, str, float]] = []
 
     def say(what: str, site: str, way: str, value: float) -> None:
@@ -107,11 +123,7 @@ def main() -> None:
 
     for (site, way), value in site_errors(model, rows[:2], given).items():
         say("error", site, way, value)
-    torch.manual_seed(0)
-    whole = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))
-    for name, parameter in whole.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.005 * torch.randn_like(parameter)
+    whole = adapted(model)
     exact, gradient = losses(model, whole, rows, given)
     eight: tuple[Arithmetic, ...] = ("int8", "fp8")
     for way in eight:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -230,6 +230,7 @@ def known_gpus() -> tuple[KnownGpu, ...]:
     return tuple(KnownGpu(**row) for row in json.loads(text)["gpus"])
 
 
+@lru_cache(maxsize=512)
 def _words(name: str) -> frozenset[str]:
     spaced = re.sub(r"(?<=[a-z])[\s-]*(?=\d+\s*gb\b)", " ", name.lower().replace("(r)", ""))
     spaced = re.sub(r"\b(\d+)\s*gb\b", r"\1gb", spaced)
@@ -237,6 +238,7 @@ def _words(name: str) -> frozenset[str]:
     return frozenset(word for word in re.split(r"[^a-z0-9]+", spaced) if word and word not in _NOISE)
 
 
+@lru_cache(maxsize=512)
 def find_gpu(name: str, memory_bytes: int = 0) -> KnownGpu | None:
     """The row for a card by the name a person or the driver gives it; None when it is not in the table.
 

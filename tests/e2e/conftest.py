@@ -31,7 +31,7 @@ class Started:
 
     def assert_nobody_left(self) -> None:
         """Every process of its session has gone: no rank, no zombie, nothing that holds a port."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while time.monotonic() < end:
             left = []
             for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -125,7 +125,7 @@ class Folder:
     def checkpoints(self) -> list[str]:
         return sorted(p.name for p in (self.run / "checkpoints").glob("step-*"))
 
-    def wait_for(self, kind: str, started: Started, *, count: int = 1, seconds: float = 60) -> None:
+    def wait_for(self, kind: str, started: Started, *, count: int = 1, seconds: float = 300) -> None:
         """Until the log holds `count` events of `kind`."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -15,6 +15,8 @@ import pytest
 from kitaeru.events import Evaluated, RunFinished, RunStarted, Sample, Step
 
 STEPS = 40
+# A rank is missed after 12 s, and who waits for it would wait for half an hour; on a machine that may be busy.
+SOON = 120
 TWO = {"strategy": "ddp", "limits__devices": 2, "train__max_steps": STEPS, "train__save_every": 5}
 
 
@@ -85,7 +87,7 @@ def test_a_rank_of_a_pipeline_that_is_killed_is_named(one, new_folder, tmp_path)
     folder = new_folder(tmp_path, **(TWO | {"strategy": "pipeline"}))
     code, seconds, said = killed(folder, 1, signal.SIGKILL)
     assert code == 1
-    assert seconds < 30
+    assert seconds < SOON
     assert f"Rank 1 on {os.uname().nodename} is lost after step" in said.replace("\n", " ")
     folder.write(strategy="ddp")
     folder.train("--resume")
@@ -96,7 +98,7 @@ def test_a_stopped_rank_of_a_pipeline_is_missed(new_folder, tmp_path):
     folder = new_folder(tmp_path, **(TWO | {"strategy": "pipeline", "train__max_steps": 4000}))
     code, seconds, said = killed(folder, 1, signal.SIGSTOP)
     assert code == 1
-    assert seconds < 30
+    assert seconds < SOON
     assert "Rank 1" in said
     assert "no sign of life" in said
 
@@ -106,7 +108,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_elsewhere(one, new_folder, t
     folder = new_folder(tmp_path, **TWO)
     code, seconds, said = killed(folder, number, signal.SIGKILL)
     assert code == 1
-    assert seconds < 30
+    assert seconds < SOON
     assert f"Rank {number} on {os.uname().nodename} is lost after step" in said.replace("\n", " ")
     assert "ran out of RAM" in said
     assert folder.events(RunFinished)[-1].outcome == "failed"
@@ -119,7 +121,7 @@ def test_a_stopped_rank_is_missed(new_folder, tmp_path):
     folder = new_folder(tmp_path, **(TWO | {"train__max_steps": 4000}))
     code, seconds, said = killed(folder, 1, signal.SIGSTOP)
     assert code == 1
-    assert seconds < 30
+    assert seconds < SOON
     assert "Rank 1" in said
     assert "no sign of life" in said
 
@@ -160,7 +162,7 @@ def test_nobody_is_left_when_the_program_itself_is_killed(one, new_folder, tmp_p
 
 def test_a_sigterm_to_everybody_is_survived_until_all_is_saved(new_folder, tmp_path):
     folder = new_folder(tmp_path, **(TWO | {"train__max_steps": 4000}))
-    started = folder.start()
+    started = folder.start(whole=True)
     folder.wait_for("step", started, count=7)
     os.killpg(started.pid, signal.SIGTERM)  # as schedulers do
     assert started.wait() == 130, started.said
@@ -175,7 +177,7 @@ def test_workers_that_are_fresh_processes_as_where_there_is_a_gpu(one, new_folde
     os.killpg(started.pid, signal.SIGTERM)
     assert started.wait() == 130, started.said
     started.assert_nobody_left()
-    folder.train("--resume", fresh=True)
+    folder.train("--resume")
     assert_same(folder, one)
 
 

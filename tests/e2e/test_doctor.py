@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +100,8 @@ def test_a_check_that_does_not_exist(in_tmp: Path) -> None:
 
 
 def test_a_quick_look_tries_nothing(in_tmp: Path) -> None:
-    started = time.monotonic()
     done = run(*KITAERU, "doctor", "--quick", "--json", cwd=in_tmp, GLOO_SOCKET_IFNAME="nowhere0")
     examined = json.loads(done.stdout)
     assert examined["trials"]["sums"] == []
     assert "--quick" in json.dumps(examined["not_looked_at"])
     assert examined["facts"]["host_bytes"] > 0
-    assert time.monotonic() - started < 15

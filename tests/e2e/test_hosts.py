@@ -16,6 +16,7 @@ import pytest
 from kitaeru.events import Evaluated, RunStarted, Step
 
 STEPS, PORT = 40, 29511
+SOON = 120  # as in test_devices.py
 HOSTS = (f"kt{os.getpid()}a", f"kt{os.getpid()}b")
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
 TWO = {"strategy": "ddp", "train__max_steps": STEPS, "train__save_every": 5, "limits__max_restarts": 1}
@@ -75,12 +76,12 @@ class Pair:
     def said(self, number: int) -> str:
         return " ".join(self.started[number].said.split())
 
-    def until(self, number: int, text: str, seconds: float) -> float:
-        """Seconds until a host has said something."""
+    def until(self, number: int, text: str, seconds: float) -> None:
+        """Until a host has said something."""
         began = time.monotonic()
         while time.monotonic() - began < seconds:
             if text in self.said(number):
-                return time.monotonic() - began
+                return
             time.sleep(0.1)
         raise AssertionError(f"host {number} has not said {text!r} in {seconds} s: {self.said(number)}")
 
@@ -112,12 +113,12 @@ def test_a_host_that_is_cut_off_is_named_and_comes_back(network, one, new_folder
     pair.first.wait_for("step", pair.started[0], count=12)
     if how == "cable":
         ip("-n", HOSTS[0], "link", "set", HOSTS[0], "down")
-        assert pair.until(1, f"Rank 0 on {HOSTS[0]} is lost after step", 30) < 30
+        pair.until(1, f"Rank 0 on {HOSTS[0]} is lost after step", SOON)
         assert "this one is cut off" in pair.said(1)
     else:
         os.killpg(pair.started[1].pid, signal.SIGKILL)
         assert pair.started[1].wait() == -signal.SIGKILL
-    assert pair.until(0, f"Rank 1 on {HOSTS[1]} is lost after step", 30) < 30
+    pair.until(0, f"Rank 1 on {HOSTS[1]} is lost after step", SOON)
     assert "no sign of life" in pair.said(0)
     assert "its host is down, or cut off from the network" in pair.said(0)
     if how == "cable":
@@ -150,7 +151,7 @@ def test_without_restarts_both_hosts_end_and_the_run_goes_on_with_resume(network
     began = time.monotonic()
     os.kill(int(record.read_text().split('"pid": ')[1].split(",")[0]), signal.SIGKILL)
     assert pair.wait() == [1, 1], pair.said(0) + pair.said(1)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < SOON
     for number in range(2):
         assert f"Rank 1 on {HOSTS[1]} is lost after step" in pair.said(number)
         assert "ran out of RAM" in pair.said(number)

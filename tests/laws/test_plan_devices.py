@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 
 from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware, parse_gpus
+from kitaeru.plan.activations import activation_bytes, cast_bytes, last_norm_bytes, one_layer_bytes
 from kitaeru.plan.choose import OFFLOAD_GAIN, Survey, survey
 from kitaeru.plan.layouts import arrangements, is_built, waits_to_be_asked
+from kitaeru.plan.memory import head_bytes, workspace_bytes
 from kitaeru.plan.problem import free_bytes, needed_bytes
 from kitaeru.plan.ranks import rank_items
-from kitaeru.plan.stored import Setting
+from kitaeru.plan.stored import Setting, trained_parameters, weight_bytes
 from kitaeru.plan.types import Candidate, Layout
-from kitaeru.plan.work import model_flops_per_token
+from kitaeru.plan.work import head_forward, layer_backward, layer_forward, model_flops_per_token
 from kitaeru.recipe.types import LoraSection, Recipe
 from kitaeru.shape import ModelShape, catalogue
 
@@ -39,6 +41,20 @@ shared = st.builds(
 
 def peak(layout: Layout, shape: ModelShape, rank: int = 0, micro_batches: int = 8) -> int:
     return sum(rank_items(layout, shape, SETTING, rank, micro_batches).values())
+
+
+@given(st.sampled_from(SHAPES), shared, st.sampled_from(["ddp", "fsdp", "pipeline", "tensor", "zero2"]))
+def test_a_layer_costs_the_same_whichever_device_has_it(shape: ModelShape, layout: Layout, strategy: str) -> None:
+    placed = replace(layout, strategy=strategy, devices=8, replicas=2, variant="interleaved", chunks=2, cuts=(1,) * 8)
+    alone = placed.of_one_device
+    for cost in (activation_bytes, one_layer_bytes):
+        assert cost(placed, shape, SETTING) == cost(alone, shape, SETTING)
+    for cost in (workspace_bytes, cast_bytes, trained_parameters):
+        assert cost(placed, shape, SETTING.lora) == cost(alone, shape, SETTING.lora)
+    for cost in (head_bytes, head_forward, weight_bytes, last_norm_bytes):
+        assert cost(placed, shape) == cost(alone, shape)
+    for work in (layer_forward, layer_backward):
+        assert work(placed, shape, SETTING, 1024.0) == work(alone, shape, SETTING, 1024.0)
 
 
 @given(st.sampled_from(SHAPES), shared, st.integers(2, 6))

@@ -180,7 +180,7 @@ def test_fewer_micro_batches_than_stages(crew, family, chat_data, tmp_path):
 @pytest.mark.parametrize(
     ("method", "parts"),
     [
-        ("full", [("fsdp", 4, {"shards": 2}), ("single", 1, {}), ("fsdp", 2, {"variant": "offload"})]),
+        ("full", [("fsdp", 4, {"shards": 2}), ("single", 1, {}), ("fsdp", 4, {"variant": "offload", "shards": 2})]),
         ("qlora", [("fsdp", 2, {}), ("single", 1, {}), ("fsdp", 2, {"variant": "grad"})]),
     ],
 )

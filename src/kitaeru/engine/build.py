@@ -143,7 +143,7 @@ def load(trainee: Trainee) -> None:
         trainee.causal_lm = load_streamed(
             recipe.model, base=layout.base, precision=layout.precision, device=trainee.device, folder=folder
         )
-    elif layout.strategy in ("fsdp", "tensor") or trains_from_ram(layout):
+    elif layout.strategy in ("fsdp", "tensor", "zero3") or trains_from_ram(layout):
         trainee.causal_lm, trainee.parts = outline(recipe.model, layout, recipe.lora, recipe.train.seed)
     else:
         part, devices = share_of(layout, trainee.world.rank), stage_devices(layout)
@@ -357,7 +357,7 @@ def _optimizer(trainee: Trainee, named: Named) -> torch.optim.Optimizer:
         learning_rate=recipe.train.learning_rate,
         lora_plus_ratio=recipe.lora.plus_ratio if layout.method in ("lora", "qlora") else None,
         device_type=named[0][1].device.type if named else layout.device,
-        first_rows={name: rows.first for name, rows in trainee.held.rows.items()} if trains_from_ram(layout) else {},
+        first_rows=trainee.held.first_rows if trains_from_ram(layout) else {},
     )
 
 

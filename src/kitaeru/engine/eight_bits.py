@@ -1,15 +1,21 @@
-"""Before training: what products in 8 bits cost, in loss, on the examples that are to be trained on.
+"""Before training: what products in 8 bits cost, in loss and in gradient, on the examples that are to be trained on.
 
-A few thousand tokens go forward with the layers' own code and with the products in 8 bits. Where the two losses lie too
-far apart, the products that lose most are computed in 16 bits: first the MLP's last one, whose input has the largest
-outliers, then queries, keys and values, then all. What each costs on real models: docs/notes/0017.
+A few thousand tokens go forward with the layers' own code and with the products in 8 bits, and half as many backward.
+Where the losses or the gradients lie too far apart, the products that lose most are computed in 16 bits: first the
+MLP's last one, whose input has the largest outliers, then queries, keys and values, then all. What each costs on real
+models: docs/notes/0017 and 0019.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from kitaeru.data.batches import MicroBatches, eval_batches
+from kitaeru.engine.preflight import undrawn
 from kitaeru.i18n import N_, tr
 
 if TYPE_CHECKING:
@@ -18,6 +24,12 @@ if TYPE_CHECKING:
 TOKENS = 16384
 # Of the loss. Training takes part of it back, since the adapter learns beside the products that it is added to.
 MOST = 0.003
+# Tokens that go backward too, and of one micro-batch of them at most: half of what training has at a time or less,
+# since the layers' own code needs more room for a token than fused layers do.
+GRADIENT_TOKENS, AT_ONCE = 8192, 4096
+# The least cosine of the adapters' gradient with that of the layers' own code, and how much longer or shorter it may
+# be. Where these come from: docs/notes/0019.
+LEAST, LONGER = 0.95, 1.2
 # What goes to 16 bits, in this order.
 STEPS = (("down",), ("qkv",), ("both", "out"))
 _NAMES = (
@@ -28,11 +40,39 @@ _NAMES = (
 )
 
 
-def settle_eight_bits(loop: Loop) -> None:
-    """Keep products in 8 bits as far as the loss stays within `MOST` of what it is without; say what it was.
+@dataclass(frozen=True)
+class Compared:
+    """8 bits beside the layers' own code: by what share the loss differs, the cosine of the gradients, and how many
+    times as long theirs is; None where there was no gradient to compare, or no memory for it.
+    """
 
-    A recipe that names the arithmetic gets it, and is told the loss. All ranks see the same losses and do the same;
-    neither weights nor random numbers change.
+    shift: float
+    cosine: float | None = None
+    length: float | None = None
+
+    @property
+    def near(self) -> bool:
+        """Near enough to train with; nan is not."""
+        if abs(self.shift) > MOST or self.cosine is None or self.length is None:
+            return abs(self.shift) <= MOST
+        return self.cosine >= LEAST and 1 / LONGER <= self.length <= LONGER
+
+    def __str__(self) -> str:
+        if self.cosine is None:
+            return f"{self.shift:+.2%}"
+        return tr(
+            "{share:+.2%} (cosine of the gradients {cosine:.3f}, size {length:.2f})",
+            share=self.shift,
+            cosine=self.cosine,
+            length=self.length,
+        )
+
+
+def settle_eight_bits(loop: Loop) -> None:
+    """Keep products in 8 bits as far as loss and gradient stay near what they are without; say what they were.
+
+    A recipe that names the arithmetic gets it, and is told. All ranks see the same numbers and do the same; weights,
+    random numbers and the optimizer stay as they are, and no gradient is left.
     """
     trainee, world = loop.trainee, loop.world
     plan = trainee.plan
@@ -40,13 +80,16 @@ def settle_eight_bits(loop: Loop) -> None:
     if not plan.layout.in_8_bits or not world.any(bool(eight)):
         return
     decided = any(decision.path == "train.arithmetic" for decision in plan.decisions)
-    batches = _examples(loop)
+    at_once = min(AT_ONCE, max(2, plan.layout.micro_batch_tokens // 2))
+    batches = _examples(loop, TOKENS, TOKENS, plan.layout.micro_batch_tokens)
+    gradients = _Gradients(loop, _examples(loop, GRADIENT_TOKENS, at_once, at_once))
     for layer in trainee.fused:
         layer.on = False
     own = loop.mean_loss(batches)
+    gradients.keep_own()
     for layer in trainee.fused:
         layer.on = True
-    shifts: list[float] = []
+    found: list[Compared] = []
     for sites in ((), *STEPS) if decided else ((),):
         for layer in eight:
             for site in sites:
@@ -54,29 +97,95 @@ def settle_eight_bits(loop: Loop) -> None:
         loss = loop.mean_loss(batches)
         if own is None or loss is None:
             return  # out of memory: the largest micro-batch, which is tried next, says so and what to do
-        shifts.append(loss / own - 1)
-        if abs(shifts[-1]) <= MOST:
+        found.append(Compared(loss / own - 1, *gradients.compare()))
+        if found[-1].near:
             break
-    found = tr(
-        "Products in 8 bits change the loss by {share:+.2%} on {tokens} tokens of your examples.",
-        share=shifts[0],
+    if trainee.device.type == "cuda":
+        torch.cuda.empty_cache()  # the layers' own code has left blocks of other sizes than training uses
+    text = tr(
+        "Products in 8 bits change the loss by {found} on {tokens} tokens of your examples.",
+        found=found[0],
         tokens=f"{sum(batches.tokens):,}",
     )
-    if len(shifts) > 1:
-        name = tr(_NAMES[len(shifts) - 1])
-        found += " " + tr("With {what} it is {share:+.2%}: so they are computed.", what=name, share=shifts[-1])
-    elif abs(shifts[0]) > MOST:
-        found += " " + tr("The recipe asks for them; train.arithmetic=auto takes 16 bits where they are needed.")
-    trainee.say(found, "info" if abs(shifts[0]) <= MOST else "warning")
+    if not found[0].near:
+        text += " " + tr(
+            "At most {share:.1%} is allowed, a cosine of {cosine:.2f} or more, and a size within {length:.1f} times.",
+            share=MOST,
+            cosine=LEAST,
+            length=LONGER,
+        )
+    if len(found) > 1:
+        name = tr(_NAMES[len(found) - 1])
+        text += " " + tr("With {what} it is {found}: so they are computed.", what=name, found=found[-1])
+    elif not found[0].near:
+        text += " " + tr("The recipe asks for them; train.arithmetic=auto takes 16 bits where they are needed.")
+    trainee.say(text, "info" if found[0].near else "warning")
 
 
-def _examples(loop: Loop) -> MicroBatches:
-    """About `TOKENS` tokens of the training examples, evenly spread; of a longer one what ends where training does."""
-    layout, train = loop.trainee.plan.layout, loop.train
-    count = max(1, round(TOKENS * len(train) / max(1, int(train.lengths.clip(max=TOKENS).sum()))))
+class _Gradients:
+    """The adapters' gradient of some examples with the layers' own code, and others beside it.
+
+    Before training B is nought, unless the adapter starts otherwise, and so is the gradient of A, however the products
+    are computed: what is compared then is that of B, scaling dy^T (x A^T). It sees all that is wrong with the incoming
+    dy, and with x along the random directions of A, so nothing that would also show in the gradient of A is hidden.
+    """
+
+    def __init__(self, loop: Loop, batches: MicroBatches) -> None:
+        self._loop, self._batches = loop, batches
+        self._own: list[torch.Tensor | None] = []
+        self._length: float | None = None
+
+    def keep_own(self) -> None:
+        """Take the gradient with the layers' own code, each layer computed again on the way back; keep it in RAM."""
+        model = self._loop.trainee.causal_lm
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            self._length = self._take()
+            self._own = [None if p.grad is None else p.grad.cpu() for _, p in self._loop.trainee.named]
+        finally:
+            model.gradient_checkpointing_disable()
+            self._forget()
+
+    def compare(self) -> tuple[float | None, float | None]:
+        """The cosine of the gradient with the own one, and how many times as long it is."""
+        if not self._length or not math.isfinite(self._length):
+            return None, None
+        trainee = self._loop.trainee
+        try:
+            length = self._take()
+            if length is None:
+                return None, None
+            for (_, parameter), own in zip(trainee.named, self._own, strict=True):
+                if own is not None:
+                    here = own.to(parameter.device)
+                    parameter.grad = -here if parameter.grad is None else parameter.grad.sub_(here)
+            # The strategy measures what lies on several ranks; the angle follows from the three sides.
+            apart = float(trainee.strategy.norm(trainee.held))
+        finally:
+            self._forget()
+        between = length**2 + self._length**2 - apart**2
+        return between / (2 * length * self._length) if length else 0.0, length / self._length
+
+    def _take(self) -> float | None:
+        """Compute the gradient; its length, None when memory ran out."""
+        loop = self._loop
+        with undrawn(loop.trainee):
+            shares = loop._gradients(self._batches, self._batches.trained_tokens, 0)
+        return None if shares is None else float(loop.trainee.strategy.norm(loop.trainee.held))
+
+    def _forget(self) -> None:
+        self._loop.trainee.optimizer.zero_grad(set_to_none=True)
+
+
+def _examples(loop: Loop, tokens: int, longest: int, at_once: int) -> MicroBatches:
+    """About so many tokens of the training examples, evenly spread, in micro-batches of `at_once` at most; of an
+    example with more than `longest` what ends where training does.
+    """
+    train = loop.train
+    count = max(1, round(tokens * len(train) / max(1, int(train.lengths.clip(max=longest).sum()))))
     return eval_batches(
-        train.ends(TOKENS, count) if train.facts.longest > TOKENS else train,
-        micro_batch_tokens=layout.micro_batch_tokens,
+        train.ends(longest, count) if train.facts.longest > longest else train,
+        micro_batch_tokens=at_once,
         packing=loop.trainee.plan.recipe.data.packing,
         max_examples=count,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +17,7 @@ from kitaeru.events import Preflight
 from kitaeru.plan.layouts import DISK
 
 if TYPE_CHECKING:
+    from kitaeru.engine.build import Trainee
     from kitaeru.engine.loop import Loop
 
 # Passes of each copy of the model: the second finds the gradients of the first; a pipeline is to be full.
@@ -43,6 +46,17 @@ def worst_examples(corpus: Corpus, budget: int, *, packing: bool, most: int | No
     return chosen
 
 
+@contextmanager
+def undrawn(trainee: Trainee) -> Iterator[None]:
+    """What is done here leaves random numbers as if none had been drawn."""
+    before = torch.random.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state(trainee.device) if trainee.device.type == "cuda" else None
+    yield
+    torch.random.set_rng_state(before)
+    if on_gpu is not None:
+        torch.cuda.set_rng_state(on_gpu, trainee.device)
+
+
 def preflight(loop: Loop) -> None:
     """The largest micro-batch forward and backward, with the loss head, and an optimizer step that changes nothing.
 
@@ -54,22 +68,17 @@ def preflight(loop: Loop) -> None:
         SteppedDownError: it does not fit, and the run must be started again a rung lower.
     """
     started, trainee, world = time.perf_counter(), loop.trainee, loop.world
-    before = torch.random.get_rng_state()
-    on_gpu = trainee.device.type == "cuda"
-    before_on_gpu = torch.cuda.get_rng_state(trainee.device) if on_gpu else None
     devices = trainee.held.devices or (trainee.device,)
-    while True:
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-        batches = _batches(loop)
-        if loop._gradients(batches, batches.trained_tokens, 0) is not None:
-            break
-        loop.ladder.down(0)
-    _step(loop)
-    torch.random.set_rng_state(before)
-    if before_on_gpu is not None:
-        torch.cuda.set_rng_state(before_on_gpu, trainee.device)
+    with undrawn(trainee):
+        while True:
+            for device in devices:
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+            batches = _batches(loop)
+            if loop._gradients(batches, batches.trained_tokens, 0) is not None:
+                break
+            loop.ladder.down(0)
+        _step(loop)
     peaks = world.numbers([peak_bytes(device) for device in devices])
     trainee.emit(
         Preflight(

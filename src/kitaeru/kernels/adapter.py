@@ -6,19 +6,22 @@ x lies turned, the kernels read P turned, and what they give for A and B is turn
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.frozen import write_adapter
+from kitaeru.kernels.frozen import three, write_adapter
 from kitaeru.kernels.rows import Rows
-from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.triton_or_none import cdiv, launch, power_of_two, tl, triton, use_triton
 from kitaeru.kernels.turned import turn
 
 # Programs that share the sum over tokens, so that the whole device is busy; of rows wider than WIDE more, in smaller
 # tiles (tried on an H100 with 8,192 tokens: 110 microseconds against 78 at 14,336 columns).
 PROGRAMS, WIDE = 264, 8192
+TILE = 128  # columns of a program of the gradients
 
 
 def project_reference(x: Rows, p: Tensor) -> Tensor:
@@ -34,17 +37,17 @@ def project(x: Rows, p: Tensor) -> Tensor:
     """The same in one pass over x."""
     if not use_triton(x.data):
         return project_reference(x, p)
-    tokens, rank = len(x.data), len(p)
+    tokens, rank, extra = len(x.data), len(p), x.data.shape[1] - x.width
     out = torch.empty((tokens, rank), dtype=p.dtype, device=p.device)
     block = 64 if tokens >= 4096 else 16
     p = turn(p) if x.turned else p
-    _project[(triton.cdiv(tokens, block),)](
-        x.data, x.scale, p, out, x.data.stride(0), tokens, x.width, rank,
-        SCALED=x.scale is not None, ROWS=block, COLUMNS=256 if _roomy(p.device) else 128,
-        RANK=triton.next_power_of_2(max(rank, 16)), num_warps=4, num_stages=3,
+    launch(
+        _project, (cdiv(tokens, block),),
+        x.data, x.scale, p, out, x.data.stride(0), tokens, x.width, rank, extra,
+        SCALED=x.scale is not None, FP8=x.data.dtype == torch.float8_e4m3fn, ROWS=block,
+        COLUMNS=256 if _roomy(p.device) else 128, RANK=power_of_two(max(rank, 16)),
+        EXTRA=power_of_two(extra) if extra else 0, num_warps=4, num_stages=3,
     )  # fmt: skip
-    if x.data.shape[1] > x.width:
-        write_adapter(out, x.scale, x.data, x.width, weight=False)
     return out
 
 
@@ -54,40 +57,112 @@ def _roomy(device: torch.device) -> bool:
     return bool(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor > 200_000)
 
 
-def outer_reference(p: Tensor, x: Rows) -> Tensor:
-    """The definition: p^T x, fp32 [R, K], from p [T, R] and x [T, K]."""
-    values = x.values
-    return p.to(values.dtype if values.dtype == torch.float64 else torch.float32).T @ values.to(
-        values.dtype if values.dtype == torch.float64 else torch.float32
-    )
+@dataclass(frozen=True)
+class Share:
+    """An adapter's place in a site: its `rank` rows of all A from `row` on, its `outputs` columns of all B, transposed,
+    from `column` on, and the factor of its product.
+    """
+
+    row: int
+    rank: int
+    column: int
+    outputs: int
+    scaling: float
 
 
-def outer(p: Tensor, x: Rows) -> Tensor:
-    """The same in one pass over x; parts of the sum over tokens are added in a fixed order."""
-    if not use_triton(x.data):
-        return outer_reference(p, x)
-    tokens, rank = p.shape
-    wide = x.width > WIDE
-    columns, block = 128, 128 if x.scale is not None and not wide else 64
-    across = triton.cdiv(x.width, columns)
-    parts = max(1, min(triton.cdiv(PROGRAMS * (4 if wide else 1), across), triton.cdiv(tokens, 4 * block)))
-    each = triton.cdiv(triton.cdiv(tokens, block), parts) * block
-    out = torch.empty((parts, rank, x.width), dtype=torch.float32, device=p.device)
-    _outer[(across, parts)](
-        p, x.data, x.scale, out, p.stride(0), x.data.stride(0), tokens, x.width, rank, each,
-        SCALED=x.scale is not None, ROWS=block, COLUMNS=columns, RANK=triton.next_power_of_2(max(rank, 16)),
-        num_warps=4, num_stages=3,
+@dataclass(frozen=True)
+class Shares:
+    """The adapters of a site, three at most."""
+
+    each: tuple[Share, ...]
+    tiles: int = field(init=False)
+    largest: int = field(init=False)
+    rank: int = field(init=False)
+    arguments: tuple[Any, ...] = field(init=False)
+    scalings: tuple[Any, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        ranks = [s.rank for s in self.each]
+        for name, value in (
+            ("tiles", sum(cdiv(s.outputs, TILE) for s in self.each)),
+            ("largest", max(ranks, default=0)),
+            ("rank", sum(ranks)),
+            ("arguments", tuple(v for n in ("row", "rank", "column", "outputs") for v in three(self.each, n))),
+            ("scalings", three(self.each, "scaling")),
+        ):
+            object.__setattr__(self, name, value)
+
+
+def gradients_reference(x: Rows, thin: Tensor, dthin: Tensor, dy: Rows, shares: Shares) -> list[tuple[Tensor, Tensor]]:
+    """The definition. Of each adapter's A [r, K] and B [N, r], fp32: thin = x A^T and its gradient dthin are [T, R] for
+    all adapters side by side, dy [T, N] is the gradient of the site's result.
+    """
+    result = []
+    inputs, upstream = x.values, dy.values
+    wide = torch.float64 if upstream.dtype == torch.float64 else torch.float32
+    for s in shares.each:
+        own = slice(s.row, s.row + s.rank)
+        of_a = dthin[:, own].to(wide).T @ inputs.to(wide)
+        of_b = upstream[:, s.column : s.column + s.outputs].to(wide).T @ thin[:, own].to(wide)
+        result.append((of_a, of_b * s.scaling))
+    return result
+
+
+def gradients(x: Rows, thin: Tensor, dthin: Tensor, dy: Rows, shares: Shares) -> list[tuple[Tensor, Tensor]]:
+    """The same, for three adapters at most in one pass over x and one over dy; parts of the sums over tokens are added
+    in a fixed order.
+    """
+    if not use_triton(dy.data):
+        return gradients_reference(x, thin, dthin, dy, shares)
+    width, rank = x.width, shares.rank
+    of_a = _outer_parts(dthin, x, _whole(rank, width))
+    of_b = _outer_parts(thin, dy, shares)
+    sizes = [rank * width, *[s.outputs * s.rank for s in shares.each]]
+    whole = torch.empty(sum(sizes), dtype=torch.float32, device=thin.device)
+    launch(
+        _add_up, (cdiv(width, TILE) + shares.tiles, cdiv(rank, 16)),
+        of_a, of_b, whole, of_a.shape[0], of_b.shape[0], rank, width, of_b.shape[1], dy.width,
+        *shares.arguments[3:], *shares.scalings,
+        TURNED_A=x.turned, TURNED_B=dy.turned, SHARES=len(shares.each), COLUMNS=TILE, ROWS=16, num_warps=4,
     )  # fmt: skip
-    total = out[0] if parts == 1 else out.sum(0)
-    return turn(total) if x.turned else total
+    first, *rest = whole.split(sizes)
+    downs = first.view(rank, width).split([s.rank for s in shares.each])
+    return [(down, up.view(-1, s.rank)) for s, down, up in zip(shares.each, downs, rest, strict=True)]
+
+
+@lru_cache(maxsize=64)
+def _whole(rank: int, width: int) -> Shares:
+    """All columns at once, for A."""
+    return Shares((Share(0, rank, 0, width, 1.0),))
+
+
+def _outer_parts(p: Tensor, x: Rows, shares: Shares) -> Tensor:
+    """p^T x [parts, r, K], r the largest rank: of each share's columns of x with its own columns of p, summed over some
+    of the tokens each; turned as x is.
+    """
+    tokens, wide = p.shape[0], x.width > WIDE
+    block = 128 if x.scale is not None and not wide else 64
+    parts = max(1, min(cdiv(PROGRAMS * (4 if wide else 1), shares.tiles), cdiv(tokens, 4 * block)))
+    each = cdiv(cdiv(tokens, block), parts) * block
+    out = torch.empty((parts, shares.largest, x.width), dtype=torch.float32, device=p.device)
+    launch(
+        _outer, (shares.tiles, parts),
+        p, x.data, x.scale, out, p.stride(0), x.data.stride(0), tokens, x.width, shares.largest, each,
+        *shares.arguments, SCALED=x.scale is not None, SHARES=len(shares.each), ROWS=block, COLUMNS=TILE,
+        RANK=power_of_two(max(shares.largest, 16)), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
 
 
 if triton is not None:
+    from kitaeru.kernels.frozen import high_part
+    from kitaeru.kernels.turned import turned
 
     @triton.jit
     def _project(  # type: ignore[no-untyped-def]
-        x, scale, p, out, x_stride, tokens, width, rank,
-        SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+        x, scale, p, out, x_stride, tokens, width, rank, extra,
+        SCALED: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+        EXTRA: tl.constexpr,
     ):  # fmt: skip
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         at = tl.arange(0, RANK)
@@ -101,16 +176,44 @@ if triton is not None:
             )
             total = tl.dot(values.to(p.dtype.element_ty), tl.trans(factor), total)
         if SCALED:
-            total *= tl.load(scale + row, mask=row < tokens, other=0.0)
+            by = tl.load(scale + row, mask=row < tokens, other=1.0)
+            total *= by
         at = at[None, :]
-        tl.store(out + row * rank + at, total.to(out.dtype.element_ty), mask=(row < tokens) & (at < rank))
+        inside = (row < tokens) & (at < rank)
+        thin = total.to(out.dtype.element_ty)
+        tl.store(out + row * rank + at, thin, mask=inside)
+        if EXTRA > 0:
+            # `adapter_columns` of this side.
+            place = x + row * x_stride + width
+            beside = thin.to(tl.float32)
+            if FP8:
+                beside = high_part(beside * (1.0 / by))
+                tl.store(place + rank + at, beside.to(x.dtype.element_ty), mask=inside)
+            tl.store(place + at, beside.to(x.dtype.element_ty), mask=inside)
+            more = tl.arange(0, EXTRA)[None, :]
+            empty = (more >= (2 * rank if FP8 else rank)) & (more < extra)
+            tl.store(place + more, tl.zeros([ROWS, EXTRA], x.dtype.element_ty), mask=(row < tokens) & empty)
 
     @triton.jit
     def _outer(  # type: ignore[no-untyped-def]
         p, x, scale, out, p_stride, x_stride, tokens, width, rank, each,
-        SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+        row_0, row_1, row_2, rank_0, rank_1, rank_2, column_0, column_1, column_2, outputs_0, outputs_1, outputs_2,
+        SCALED: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
     ):  # fmt: skip
-        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        tile, skip, own, begin, outputs = tl.program_id(0), row_0, rank_0, column_0, outputs_0
+        if SHARES > 1:
+            tiles = tl.cdiv(outputs, COLUMNS)
+            if tile >= tiles:
+                tile -= tiles
+                skip, own, begin, outputs = row_1, rank_1, column_1, outputs_1
+                if SHARES > 2:
+                    tiles = tl.cdiv(outputs, COLUMNS)
+                    if tile >= tiles:
+                        tile -= tiles
+                        skip, own, begin, outputs = row_2, rank_2, column_2, outputs_2
+        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+        there = column < outputs
+        column += begin
         at = tl.arange(0, RANK)
         first = tl.program_id(1) * each
         total = tl.zeros([RANK, COLUMNS], tl.float32)
@@ -118,16 +221,60 @@ if triton is not None:
             row = (start + tl.arange(0, ROWS)).to(tl.int64)
             inside = row < tokens
             left = tl.load(
-                p + row[:, None] * p_stride + at[None, :], mask=inside[:, None] & (at[None, :] < rank), other=0
+                p + row[:, None] * p_stride + skip + at[None, :], mask=inside[:, None] & (at[None, :] < own), other=0
             )
             if SCALED:
                 by = tl.load(scale + row, mask=inside, other=0)
                 left = (left.to(tl.float32) * by[:, None]).to(p.dtype.element_ty)
             values = tl.load(
                 x + row[:, None] * x_stride + column[None, :],
-                mask=inside[:, None] & (column[None, :] < width),
+                mask=inside[:, None] & there[None, :],
                 other=0.0,
             )
             total = tl.dot(tl.trans(left), values.to(p.dtype.element_ty), total)
         place = (tl.program_id(1) * rank + at[:, None]).to(tl.int64) * width + column[None, :]
-        tl.store(out + place, total, mask=(at[:, None] < rank) & (column[None, :] < width))
+        tl.store(out + place, total, mask=(at[:, None] < own) & there[None, :])
+
+    @triton.jit
+    def _add_up(  # type: ignore[no-untyped-def]
+        of_a, of_b, out, parts_a, parts_b, rank, width, rank_b, width_b,
+        rank_0, rank_1, rank_2, column_0, column_1, column_2, outputs_0, outputs_1, outputs_2,
+        scaling_0, scaling_1, scaling_2,
+        TURNED_A: tl.constexpr, TURNED_B: tl.constexpr, SHARES: tl.constexpr, COLUMNS: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):  # fmt: skip
+        # A tile of all A [R, K], or of one share's B [N, r], which is the transposed sum.
+        tile, parts, count, across, begin = tl.program_id(0), of_a, parts_a, width, 0
+        own, outputs, scaling, down, right = rank, width, 1.0, width, 1
+        turns = TURNED_A
+        tiles = tl.cdiv(width, COLUMNS)
+        if tile >= tiles:
+            tile -= tiles
+            out += rank * width
+            turns = TURNED_B
+            parts, count, rank, across, down = of_b, parts_b, rank_b, width_b, 1
+            own, begin, outputs, scaling = rank_0, column_0, outputs_0, scaling_0
+            if SHARES > 1:
+                tiles = tl.cdiv(outputs, COLUMNS)
+                if tile >= tiles:
+                    tile -= tiles
+                    out += own * outputs
+                    own, begin, outputs, scaling = rank_1, column_1, outputs_1, scaling_1
+                    if SHARES > 2:
+                        tiles = tl.cdiv(outputs, COLUMNS)
+                        if tile >= tiles:
+                            tile -= tiles
+                            out += own * outputs
+                            own, begin, outputs, scaling = rank_2, column_2, outputs_2, scaling_2
+            right = own
+        at = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+        column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        mask = (at < own) & (column < outputs)
+        place = parts + at * across + begin + column
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for _ in range(count):
+            total += tl.load(place, mask=mask, other=0.0)
+            place += rank * across
+        if (TURNED_A or TURNED_B) and turns:
+            total = turned(total)
+        tl.store(out + at * down + column * right, total * scaling, mask=mask)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kitaeru.kernels.frozen import Stored, expand
+from kitaeru.kernels.frozen import Stored, Weights, expand
 from kitaeru.kernels.gated import Activation, Kept, gated, gated_backward
 from kitaeru.kernels.rows import Rows
 from kitaeru.plan.stored import EXPANDED_AT_ONCE_BYTES, NF4_BLOCK, NF4_SECOND_BLOCK
@@ -58,8 +58,8 @@ class Stack:
         """[count, N, K] of experts that follow each other."""
         _, n, k = self.shape
         whole = self.kind == "int8" or n * k // NF4_BLOCK % NF4_SECOND_BLOCK == 0
-        parts = [self.stored(first, count)] if whole else [self.stored(first + i) for i in range(count)]
-        return expand(parts, None, self.data, 0, dtype, transposed=False).view(count, n, k)
+        parts = (self.stored(first, count),) if whole else tuple(self.stored(first + i) for i in range(count))
+        return expand(Weights(parts), None, None, 0, dtype, transposed=False).view(count, n, k)
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,20 @@ turned (kernels/turned.py), as those of the input are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kitaeru.kernels.rows import FP8_MOST, TINY, top, turns
-from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.triton_or_none import cdiv, launch, tl, triton, use_triton
 from kitaeru.kernels.turned import turn
 from kitaeru.plan.stored import NF4_BLOCK, NF4_SECOND_BLOCK
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
-    from kitaeru.kernels.turned import turned, turning
+    from kitaeru.kernels.turned import turned
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,55 @@ class Stored:
         return (numbers * absmax[:, None]).reshape(self.shape)
 
 
+def three(items: Sequence[Any], name: str) -> tuple[Any, Any, Any]:
+    """An attribute of up to three items, None for those that are not there: a kernel's arguments for each."""
+    a, b, c = [getattr(item, name) for item in items] + [None] * (3 - len(items))
+    return a, b, c
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Neighbours that are stored alike, three at most, as the kernel takes them."""
+
+    members: tuple[Stored, ...]
+    nested: bool
+    outputs: int = field(init=False)
+    arguments: tuple[Any, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = ("data", "absmax", "absmax_scale", "absmax_offset")
+        sizes = [m.shape[0] for m in self.members]
+        first = self.members[0]
+        arguments = [value for name in names for value in three(self.members, name)]
+        arguments += [*sizes, *[None] * (3 - len(sizes)), first.code, first.absmax_code]
+        object.__setattr__(self, "outputs", sum(sizes))
+        object.__setattr__(self, "arguments", tuple(arguments))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights (N_i, K) that share their input, one below the other: (N, K), N the sum."""
+
+    each: tuple[Stored, ...]
+    groups: tuple[_Group, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        groups = list[_Group]()
+        for weight in self.each:
+            nested = weight.absmax is not None and weight.absmax.dtype == torch.uint8
+            last = groups[-1] if groups else None
+            if last and len(last.members) < 3 and (last.members[0].kind, last.nested) == (weight.kind, nested):
+                groups[-1] = _Group((*last.members, weight), nested)
+            else:
+                groups.append(_Group((weight,), nested))
+        object.__setattr__(self, "groups", tuple(groups))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return sum(weight.shape[0] for weight in self.each), self.each[0].shape[1]
+
+
 @dataclass(frozen=True)
 class Scales:
     """Of a group of weights that share their input: a scale for each row of W [N] and of W^T [K]; None in 16 bits."""
@@ -72,7 +121,7 @@ class Scales:
     backward: Tensor | None
 
 
-def scales_of(weights: Sequence[Stored], dtype: torch.dtype) -> Scales:
+def scales_of(weights: Weights, dtype: torch.dtype) -> Scales:
     """Scales with which the largest value of every row (turned, for INT8) becomes the top of `dtype`.
 
     The weights are frozen: once.
@@ -82,7 +131,7 @@ def scales_of(weights: Sequence[Stored], dtype: torch.dtype) -> Scales:
         return Scales(None, None)
     rows: list[Tensor] = []
     columns: list[Tensor] = []
-    for weight in weights:
+    for weight in weights.each:
         values = weight.values()
         for sizes, each in ((rows, values), (columns, values.T)):
             sizes.append((turn(each) if turns(dtype) else each).abs().amax(1))
@@ -90,9 +139,9 @@ def scales_of(weights: Sequence[Stored], dtype: torch.dtype) -> Scales:
 
 
 def expand_reference(
-    weights: Sequence[Stored],
+    weights: Weights,
     scale: Tensor | None,
-    adapter: Tensor,
+    adapter: Tensor | None,
     extra: int,
     dtype: torch.dtype,
     *,
@@ -100,16 +149,17 @@ def expand_reference(
 ) -> Tensor:
     """The definition. Weights (N_i, K) become [N, K + E], N the sum; transposed [K, N + E].
 
-    `adapter`: [N, R], what an adapter's x A^T is multiplied by, or transposed [K, R].
+    `adapter`: [N, R], what an adapter's x A^T is multiplied by, or transposed [K, R]; without E nothing.
     """
-    whole = torch.cat([weight.values() for weight in weights])
+    whole = torch.cat([weight.values() for weight in weights.each])
     whole = whole.T if transposed else whole
     whole = turn(whole) if turns(dtype) else whole
-    out = torch.zeros((whole.shape[0], whole.shape[1] + extra), dtype=dtype, device=adapter.device)
-    by = torch.ones(len(whole), device=adapter.device) if scale is None else scale
+    out = torch.zeros((whole.shape[0], whole.shape[1] + extra), dtype=dtype, device=whole.device)
+    by = torch.ones(len(whole), device=whole.device) if scale is None else scale
     scaled = whole / by[:, None]
     out[:, : whole.shape[1]] = scaled.round() if dtype == torch.int8 else scaled
     if extra:
+        assert adapter is not None
         write_adapter(adapter, scale, out, whole.shape[1], weight=True)
     return out
 
@@ -131,72 +181,121 @@ def adapter_columns(values: Tensor, extra: int, dtype: torch.dtype, *, weight: b
 
 def write_adapter(values: Tensor, scale: Tensor | None, out: Tensor, width: int, *, weight: bool) -> None:
     """Write values [rows, R], divided by the rows' scale, into the further columns of `out` [rows, width + E]."""
-    extra = out.shape[1] - width
-    if not use_triton(out):
-        scaled = values if scale is None else values / scale[:, None]
-        out[:, width:] = adapter_columns(scaled, extra, out.dtype, weight=weight)
-        return
-    rows, rank = values.shape
-    _extend[(triton.cdiv(rows, 32),)](
-        values, scale, out, values.stride(0), values.stride(1), out.stride(0), rows, width, rank, extra,
-        SCALED=scale is not None, FP8=out.dtype == torch.float8_e4m3fn, WEIGHT=weight, ROWS=32,
-        EXTRA=triton.next_power_of_2(extra), num_warps=4,
-    )  # fmt: skip
+    scaled = values if scale is None else values / scale[:, None]
+    out[:, width:] = adapter_columns(scaled, out.shape[1] - width, out.dtype, weight=weight)
 
 
 def expand(
-    weights: Sequence[Stored],
+    weights: Weights,
     scale: Tensor | None,
-    adapter: Tensor,
+    adapter: Tensor | None,
     extra: int,
     dtype: torch.dtype,
     *,
     transposed: bool,
 ) -> Tensor:
-    """The same, one kernel for each weight and one for the adapter's columns."""
-    first = weights[0].data
+    """The same in one pass, for each three weights that are stored alike."""
+    first = weights.each[0].data
     if not use_triton(first):
         return expand_reference(weights, scale, adapter, extra, dtype, transposed=transposed)
-    outputs, inputs = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    outputs, inputs = weights.shape
     rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
     out = torch.empty((rows, columns + extra), dtype=dtype, device=first.device)
-    done = 0
-    for weight in weights:
-        _expand_one(weight, scale, out, done, transposed)
-        done += weight.shape[0]
+    at_once = 128 if transposed or dtype == torch.int8 else 64
+    further: tuple[Any, ...] = (None, 0, 0, 0)
     if extra:
-        write_adapter(adapter, scale, out, columns, weight=True)
+        assert adapter is not None
+        further = (adapter, adapter.stride(0), adapter.stride(1), adapter.shape[1])
+    done = 0
+    for group in weights.groups:
+        # A transposed weight's further columns lie beside all weights: the first group writes them.
+        beside = extra > 0 and not (transposed and done)
+        tiles, blocks = sum([cdiv(m.shape[0], at_once) for m in group.members]), inputs // NF4_BLOCK
+        launch(
+            _expand, (tiles + (beside and transposed), blocks + (beside and not transposed)),
+            *group.arguments, scale, out, out.stride(0), inputs, done,
+            *further, columns, extra,
+            KIND={"16bit": 0, "int8": 1, "nf4": 2}[group.members[0].kind], NESTED=group.nested,
+            SCALED=scale is not None, INT8=dtype == torch.int8, FP8=dtype == torch.float8_e4m3fn,
+            TRANSPOSED=transposed, WEIGHTS=len(group.members), ROWS=at_once, BESIDE=beside, num_warps=4,
+        )  # fmt: skip
+        done += group.outputs
     return out
-
-
-def _expand_one(weight: Stored, scale: Tensor | None, out: Tensor, done: int, transposed: bool) -> None:
-    outputs, inputs = weight.shape
-    nested = weight.absmax is not None and weight.absmax.dtype == torch.uint8
-    rows = 128 if transposed or out.dtype == torch.int8 else 64
-    _expand[(triton.cdiv(outputs, rows), inputs // NF4_BLOCK)](
-        weight.data, weight.absmax, weight.code, weight.absmax_code, weight.absmax_scale, weight.absmax_offset,
-        scale, out, out.stride(0), outputs, inputs, done,
-        KIND={"16bit": 0, "int8": 1, "nf4": 2}[weight.kind], NESTED=nested, SCALED=scale is not None,
-        INT8=out.dtype == torch.int8, TRANSPOSED=transposed, ROWS=rows, num_warps=4,
-    )  # fmt: skip
 
 
 if triton is not None:
 
     @triton.jit
     def _expand(  # type: ignore[no-untyped-def]
-        data, absmax, code, absmax_code, absmax_scale, absmax_offset, scale, out, out_stride, outputs, inputs, done,
+        data, data_1, data_2, absmax, absmax_1, absmax_2, absmax_scale, absmax_scale_1, absmax_scale_2,
+        absmax_offset, absmax_offset_1, absmax_offset_2, outputs, outputs_1, outputs_2,
+        code, absmax_code, scale, out, out_stride, inputs, done,
+        adapter, adapter_row, adapter_rank, rank, width, extra,
+        KIND: tl.constexpr, NESTED: tl.constexpr, SCALED: tl.constexpr, INT8: tl.constexpr, FP8: tl.constexpr,
+        TRANSPOSED: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BESIDE: tl.constexpr,
+    ):  # fmt: skip
+        # Each program: a tile of rows of one of the weights, and one block of 64 columns; or further columns.
+        tile, block = tl.program_id(0), tl.program_id(1)
+        if WEIGHTS > 1:
+            tiles = tl.cdiv(outputs, ROWS)
+            if tile >= tiles:
+                tile -= tiles
+                done += outputs
+                data, outputs = data_1, outputs_1
+                if KIND > 0:
+                    absmax = absmax_1
+                if NESTED:
+                    absmax_scale, absmax_offset = absmax_scale_1, absmax_offset_1
+                if WEIGHTS > 2:
+                    tiles = tl.cdiv(outputs, ROWS)
+                    if tile >= tiles:
+                        tile -= tiles
+                        done += outputs
+                        data, outputs = data_2, outputs_2
+                        if KIND > 0:
+                            absmax = absmax_2
+                        if NESTED:
+                            absmax_scale, absmax_offset = absmax_scale_2, absmax_offset_2
+        if BESIDE:
+            if TRANSPOSED:
+                beside = tile * ROWS >= outputs
+                row = block * 64 + tl.arange(0, 64)
+                inside = row < inputs
+            else:
+                beside = block * 64 >= inputs
+                row = done + tile * ROWS + tl.arange(0, ROWS)
+                inside = row < done + outputs
+            if beside:
+                _write_beside(
+                    adapter, scale, out, row, inside, adapter_row, adapter_rank, out_stride, width, rank, extra,
+                    SCALED, FP8,
+                )  # fmt: skip
+            else:
+                _expand_tile(
+                    data, absmax, absmax_scale, absmax_offset, code, absmax_code, scale, out, out_stride, outputs,
+                    inputs, done, tile, block, KIND, NESTED, SCALED, INT8, TRANSPOSED, ROWS,
+                )  # fmt: skip
+        else:
+            _expand_tile(
+                data, absmax, absmax_scale, absmax_offset, code, absmax_code, scale, out, out_stride, outputs,
+                inputs, done, tile, block, KIND, NESTED, SCALED, INT8, TRANSPOSED, ROWS,
+            )  # fmt: skip
+
+    @triton.jit
+    def _expand_tile(  # type: ignore[no-untyped-def]
+        data, absmax, absmax_scale, absmax_offset, code, absmax_code, scale, out, out_stride, outputs, inputs, done,
+        tile, block,
         KIND: tl.constexpr, NESTED: tl.constexpr, SCALED: tl.constexpr, INT8: tl.constexpr,
         TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
-        # A tile of rows and one block of 64 columns: one absmax a row.
-        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        # One absmax a row.
+        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = row < outputs
-        first = tl.program_id(1) * 64
+        first = block * 64
         column = first + tl.arange(0, 64)
         by = tl.full([ROWS], 1.0, tl.float32)
         if KIND == 2:
-            which = row * (inputs // 64) + tl.program_id(1)
+            which = row * (inputs // 64) + block
             if NESTED:
                 number = tl.load(absmax + which, mask=inside, other=0).to(tl.int32)
                 by = tl.load(absmax_code + number) * tl.load(absmax_scale + which // 256, mask=inside, other=0.0)
@@ -205,11 +304,11 @@ if triton is not None:
                 by = tl.load(absmax + which, mask=inside, other=0.0)
         if KIND == 1:
             by = tl.load(absmax + row, mask=inside, other=0.0) * (1.0 / 127.0)
-        if SCALED and not TRANSPOSED and not INT8:
+        if SCALED and not TRANSPOSED:
             by *= 1.0 / tl.load(scale + done + row, mask=inside, other=1.0)
         if KIND == 2:
             pair = tl.arange(0, 32)
-            at = row[:, None] * (inputs // 2) + tl.program_id(1) * 32 + pair[None, :]
+            at = row[:, None] * (inputs // 2) + block * 32 + pair[None, :]
             packed = tl.load(data + at, mask=inside[:, None], other=0).to(tl.int32)
             high = tl.load(code + (packed >> 4)) * by[:, None]
             low = tl.load(code + (packed & 15)) * by[:, None]
@@ -230,35 +329,37 @@ if triton is not None:
             pointer = out + (done + row[:, None]) * out_stride + column[None, :]
             mask = inside[:, None]
         if INT8:
-            # Scaled only now: the compiler would begin the product's sum with what rounding adds, and tensor cores drop
-            # the lowest bits of a sum that large.
-            values = turned(values, turning(), ROWS)
+            values = turned(values)
             if TRANSPOSED:
                 values *= (1.0 / tl.load(scale + column))[:, None]
-            else:
-                values *= (1.0 / tl.load(scale + done + row, mask=inside, other=1.0))[:, None]
         store_rounded(pointer, values, mask, INT8)
 
     @triton.jit
-    def _extend(  # type: ignore[no-untyped-def]
-        values, scale, out, row_stride, rank_stride, out_stride, rows, width, rank, extra,
-        SCALED: tl.constexpr, FP8: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, EXTRA: tl.constexpr,
+    def high_part(values):  # type: ignore[no-untyped-def]
+        """What e4m3 can hold of fp32 values. By its bits: a round trip through fp8 registers has given wrong numbers
+        (ptxas 12.8).
+        """
+        bits = tl.minimum(tl.maximum(values, -448.0), 448.0).to(tl.int32, bitcast=True)
+        return ((bits + 0x80000) & -0x100000).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _write_beside(  # type: ignore[no-untyped-def]
+        values, scale, out, row, inside, row_stride, rank_stride, out_stride, width, rank, extra,
+        SCALED: tl.constexpr, FP8: tl.constexpr,
     ):  # fmt: skip
-        # The high part is taken by its bits: a round trip through fp8 registers has given wrong numbers (ptxas 12.8).
-        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        at = tl.arange(0, EXTRA)[None, :]
-        parts: tl.constexpr = 2 if FP8 else 1
-        inside = (row < rows) & (at < parts * rank)
-        result = tl.load(values + row * row_stride + (at % rank) * rank_stride, mask=inside, other=0.0).to(tl.float32)
+        # `adapter_columns` of the weight's side, for some rows.
+        row, inside = row.to(tl.int64)[:, None], inside[:, None]
+        by = 1.0
         if SCALED:
-            result *= 1.0 / tl.load(scale + row, mask=row < rows, other=1.0)
-        if FP8:
-            result = tl.minimum(tl.maximum(result, -448.0), 448.0)
-            bits = (result.to(tl.int32, bitcast=True) + 0x80000) & -0x100000
-            high = bits.to(tl.float32, bitcast=True)
-            if WEIGHT:
-                result = tl.where(at >= rank, result - high, high)
-            else:
-                result = high
-        mask = (row < rows) & (at < extra)
-        tl.store(out + row * out_stride + width + at, result.to(out.dtype.element_ty), mask=mask)
+            by = 1.0 / tl.load(scale + row, mask=inside, other=1.0)
+        parts: tl.constexpr = 2 if FP8 else 1
+        for start in range(0, extra, 16):
+            at = start + tl.arange(0, 16)[None, :]
+            there = inside & (at < parts * rank)
+            result = tl.load(values + row * row_stride + (at % rank) * rank_stride, mask=there, other=0.0)
+            result = result.to(tl.float32) * by
+            if FP8:
+                high = high_part(result)
+                low = tl.minimum(tl.maximum(result, -448.0), 448.0) - high
+                result = tl.where(at >= rank, low, high)
+            tl.store(out + row * out_stride + width + at, result.to(out.dtype.element_ty), mask=inside)

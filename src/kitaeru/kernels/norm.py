@@ -2,6 +2,11 @@
 
 x, delta: [T, h]; weight [h]. y = (x + delta) * rstd * weight, rstd = 1 / sqrt(mean((x + delta)^2) + eps).
 The weight is frozen: there is no gradient for it.
+
+Backward wants n = (x + delta) * rstd, and has y = n weight + what rounding has done, of variance s^2. Where the weight
+is as small as that (a hundredth of its mean is common), y / weight is noise made large. The mean square of n is 1 by
+definition, so the linear guess with the least error is n = y weight / (weight^2 + s^2). For numbers that were not
+rounded to 8 bits it is y / weight.
 """
 
 from __future__ import annotations
@@ -10,11 +15,11 @@ import torch
 from torch import Tensor
 
 from kitaeru.kernels.rows import Rows, empty_rows, put_rows, row_block, row_warps, top
-from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.triton_or_none import launch, tl, triton, use_triton
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
-    from kitaeru.kernels.turned import turned, turning
+    from kitaeru.kernels.turned import turned
 
 
 def norm_reference(
@@ -38,12 +43,20 @@ def norm(
     rows = empty_rows(tokens, width, extra, dtype, x)
     rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
     total = x if delta is None else torch.empty_like(x)
-    _norm[(tokens,)](
+    block = row_block(width)
+    launch(
+        _norm, (tokens,),
         x, delta, total, weight, rows.data, rows.scale, rstd, rows.data.stride(0), width, eps,
-        TOP=top(dtype), INT8=dtype == torch.int8, ADD=delta is not None, BLOCK=row_block(width, turned=rows.turned),
-        num_warps=row_warps(width),
+        TOP=top(dtype), INT8=dtype == torch.int8, ADD=delta is not None, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return total, rows, rstd
+
+
+def variance(dtype: torch.dtype) -> float:
+    """Of what rounding adds to a number of scale 1: of a step of 1 (INT8), or of e4m3's finest one, 2^-9, since its
+    larger numbers lose no more than a share of themselves; 0 for data without a scale.
+    """
+    return {torch.int8: 1 / 12, torch.float8_e4m3fn: 2.0**-18 / 12}.get(dtype, 0.0)
 
 
 def norm_backward_reference(
@@ -51,10 +64,13 @@ def norm_backward_reference(
 ) -> tuple[Tensor, Rows | None]:
     """The definition: the gradient of x, plus `along` [T, h], the gradient that the residual brings.
 
-    From y alone: with n = y / weight, dx = rstd (weight dy - n mean(y dy)). With `dtype` also as Rows.
+    From y alone: with n as above, dx = rstd (weight dy - n mean(y dy)). With `dtype` also as Rows.
     """
     values, scale = y.values.float(), weight.float()
-    n = torch.where(scale == 0, 0.0, values / scale)
+    if y.scale is None:
+        n = torch.where(scale == 0, 0.0, values / scale)
+    else:
+        n = values * scale / (scale.square() + (y.scale.square() * variance(y.data.dtype))[:, None])
     inner = (values * dy.float()).mean(1, keepdim=True)
     dx = along.float() + rstd[:, None] * (scale * dy.float() - n * inner)
     result = dx.to(along.dtype)
@@ -70,13 +86,14 @@ def norm_backward(
     tokens, width = dy.shape
     result = torch.empty_like(along)
     rows = None if dtype is None else empty_rows(tokens, width, extra, dtype, dy)
-    _norm_backward[(tokens,)](
+    block = row_block(width)
+    launch(
+        _norm_backward, (tokens,),
         dy, y.data, y.scale, rstd, weight, along, result,
         None if rows is None else rows.data, None if rows is None else rows.scale,
         y.data.stride(0), 0 if rows is None else rows.data.stride(0), width,
-        SCALED=y.scale is not None, TURNED=y.turned, WRITE=rows is not None, TOP=0.0 if dtype is None else top(dtype),
-        INT8=dtype == torch.int8, BLOCK=row_block(width, turned=y.turned or dtype == torch.int8),
-        num_warps=row_warps(width),
+        VARIANCE=variance(y.data.dtype), TURNED=y.turned, WRITE=rows is not None,
+        TOP=0.0 if dtype is None else top(dtype), INT8=dtype == torch.int8, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return result, rows
 
@@ -101,7 +118,7 @@ if triton is not None:
         tl.store(rstd + row, inverse)
         result = values * inverse * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         if INT8:
-            result = turned(result, turning(), BLOCK // 64)
+            result = turned(result)
         if TOP > 0:
             step = tl.maximum(tl.max(tl.abs(result), 0) / TOP, 1e-12)
             tl.store(scale + row, step)
@@ -111,27 +128,31 @@ if triton is not None:
     @triton.jit
     def _norm_backward(  # type: ignore[no-untyped-def]
         dy, y, y_scale, rstd, weight, along, dx, rows, scale, y_stride, rows_stride, width,
-        SCALED: tl.constexpr, TURNED: tl.constexpr, WRITE: tl.constexpr, TOP: tl.constexpr, INT8: tl.constexpr,
+        VARIANCE: tl.constexpr, TURNED: tl.constexpr, WRITE: tl.constexpr, TOP: tl.constexpr, INT8: tl.constexpr,
         BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, BLOCK)
         inside = at < width
         up = tl.load(dy + row * width + at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(y + row * y_stride + at, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(y + row * y_stride + at, mask=inside, other=0.0)
         if TURNED:
-            values = turned(values, turning(), BLOCK // 64)
-        if SCALED:
-            values *= tl.load(y_scale + row)
+            values = turned(values.to(tl.bfloat16))
+        values = values.to(tl.float32)
         by = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        if VARIANCE > 0:
+            unit = tl.load(y_scale + row)
+            values *= unit
+            n = values * by / (by * by + unit * unit * VARIANCE)
+        else:
+            n = tl.where(by == 0, 0.0, values / tl.where(by == 0, 1.0, by))
         inner = tl.sum(up * values, 0) / width
-        n = tl.where(by == 0, 0.0, values / tl.where(by == 0, 1.0, by))
         result = tl.load(rstd + row) * (by * up - n * inner)
         result += tl.load(along + row * width + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + row * width + at, result.to(dx.dtype.element_ty), mask=inside)
         if WRITE:
             if INT8:
-                result = turned(result, turning(), BLOCK // 64)
+                result = turned(result)
             if TOP > 0:
                 step = tl.maximum(tl.max(tl.abs(result), 0) / TOP, 1e-12)
                 tl.store(scale + row, step)

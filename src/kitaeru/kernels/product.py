@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kitaeru.kernels.rows import Rows
-from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.triton_or_none import cdiv, launch, power_of_two, tl, triton, use_triton
 
 
 def product_reference(
@@ -47,14 +47,25 @@ def product(
     rank = 0 if thin is None else left.shape[1]
 
     def grid(meta: dict[str, int]) -> tuple[int]:
-        return (triton.cdiv(tokens, meta["ROWS"]) * triton.cdiv(outputs, meta["COLUMNS"]),)
+        return (cdiv(tokens, meta["ROWS"]) * cdiv(outputs, meta["COLUMNS"]),)
 
-    _int8[grid](
+    arguments = (
         x.data, w, x.scale, scale, left, right, out, tokens, outputs, inputs, x.data.stride(0), w.stride(0), rank,
         left.stride(0), right.stride(0), right.stride(1),
-        THIN=thin is not None, RANK=triton.next_power_of_2(max(rank, 16)),
     )  # fmt: skip
+    constants = {"THIN": thin is not None, "RANK": power_of_two(max(rank, 16))}
+    which = (outputs, inputs, w.device)
+    if which in _tuned:
+        best = _tuned[which]
+        launch(_int8.fn, grid(best), *arguments, **constants, **best)
+    else:
+        _int8[grid](*arguments, **constants)
+        _tuned[which] = _int8.best_config.all_kwargs()
     return out
+
+
+# The fastest configuration of INT8's kernel, by its key and the device.
+_tuned: dict[tuple[int, int, torch.device], dict[str, int]] = {}
 
 
 if triton is not None:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.rows import Rows, empty_rows, put_rows, round_rows, top, turns
-from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.rows import Rows, empty_rows, put_rows, row_block, row_warps, top
+from kitaeru.kernels.triton_or_none import launch, power_of_two, tl, triton, use_triton
 
 if triton is not None:
     from kitaeru.kernels.rows import store_rounded
+    from kitaeru.kernels.turned import turned
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,11 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor | None
     tokens, count = len(qkv), heads.query + heads.key
     normed = heads.q_norm is not None
     inverse = torch.empty((tokens, count), dtype=torch.float32, device=qkv.device) if normed else None
-    _rotate[(tokens,)](
+    launch(
+        _rotate, (tokens,),
         qkv, cos, sin, heads.q_norm, heads.k_norm, inverse, qkv.stride(0), cos.stride(0), heads.query, count,
         heads.eps,
-        NORM=normed, D=heads.size, HALF=heads.size // 2, HEADS=triton.next_power_of_2(count), num_warps=4,
+        NORM=normed, D=heads.size, HALF=heads.size // 2, HEADS=power_of_two(count), num_warps=4,
     )  # fmt: skip
     return inverse
 
@@ -101,20 +103,18 @@ def rotate_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, inverse: Tensor | None, cos: Tensor, sin: Tensor, heads: Heads,
     dtype: torch.dtype, extra: int,
 ) -> Rows:  # fmt: skip
-    """The same in one pass; for INT8 in two, since the 64 neighbours to be turned need not lie in one head."""
+    """The same in one pass."""
     if not use_triton(dq):
         return rotate_backward_reference(dq, dk, dv, qkv, inverse, cos, sin, heads, dtype, extra)
-    if turns(dtype):
-        wide = rotate_backward(dq, dk, dv, qkv, inverse, cos, sin, heads, dq.dtype, 0)
-        return round_rows(wide.data, dtype, extra)
-    tokens = len(dq)
-    rows = empty_rows(tokens, heads.width, extra, dtype, dq)
-    _rotate_backward[(tokens,)](
+    rows = empty_rows(len(dq), heads.width, extra, dtype, dq)
+    block = row_block(heads.width)
+    launch(
+        _rotate_backward, (len(dq),),
         dq, dk, dv, qkv, inverse, cos, sin, heads.q_norm, heads.k_norm, rows.data, rows.scale,
         dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1), qkv.stride(0),
         cos.stride(0), rows.data.stride(0), heads.query, heads.key,
-        NORM=inverse is not None, TOP=top(dtype), D=heads.size, HALF=heads.size // 2,
-        QUERY=triton.next_power_of_2(heads.query), KEY=triton.next_power_of_2(heads.key), num_warps=8,
+        NORM=inverse is not None, TOP=top(dtype), INT8=dtype == torch.int8, D=heads.size, BLOCK=block,
+        num_warps=row_warps(block),
     )  # fmt: skip
     return rows
 
@@ -159,76 +159,44 @@ if triton is not None:
         tl.store(pointer + HALF, (high * c + low * s).to(qkv.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _turn_back(  # type: ignore[no-untyped-def]
-        gradient, gradient_stride, turned, inverse, weight, c, s, heads,
-        NORM: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-    ):  # fmt: skip
-        head = tl.arange(0, HEADS)[:, None]
-        at = tl.arange(0, HALF)[None, :]
-        inside = (head < heads) & (at < HALF)
-        low = tl.load(gradient + head * gradient_stride + at, mask=inside, other=0).to(tl.float32)
-        high = tl.load(gradient + head * gradient_stride + HALF + at, mask=inside, other=0).to(tl.float32)
-        back_low = low * c + high * s
-        back_high = high * c - low * s
-        if NORM:
-            y_low = tl.load(turned + head * D + at, mask=inside, other=0).to(tl.float32)
-            y_high = tl.load(turned + head * D + HALF + at, mask=inside, other=0).to(tl.float32)
-            n_low = y_low * c + y_high * s
-            n_high = y_high * c - y_low * s
-            one = tl.arange(0, HEADS)
-            inv = tl.load(inverse + one, mask=one < heads, other=0)[:, None]
-            w_low = tl.load(weight + at).to(tl.float32)
-            w_high = tl.load(weight + HALF + at).to(tl.float32)
-            inner = ((tl.sum(n_low * back_low, 1) + tl.sum(n_high * back_high, 1)) / D)[:, None]
-            by_low = tl.where(w_low == 0, 0.0, 1.0 / tl.where(w_low == 0, 1.0, w_low))
-            by_high = tl.where(w_high == 0, 0.0, 1.0 / tl.where(w_high == 0, 1.0, w_high))
-            back_low = inv * (w_low * back_low - n_low * by_low * inner)
-            back_high = inv * (w_high * back_high - n_high * by_high * inner)
-        return back_low, back_high
-
-    @triton.jit
     def _rotate_backward(  # type: ignore[no-untyped-def]
         dq, dk, dv, qkv, inverse, cos, sin, q_norm, k_norm, rows, scale,
         q_row, q_head, k_row, k_head, v_row, v_head, stride, angle_stride, rows_stride, query, key,
-        NORM: tl.constexpr, TOP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, QUERY: tl.constexpr,
-        KEY: tl.constexpr,
+        NORM: tl.constexpr, TOP: tl.constexpr, INT8: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
+        # A row in one piece, each number beside its partner in the other half of its head.
         row = tl.program_id(0).to(tl.int64)
-        at = tl.arange(0, HALF)[None, :]
-        c = tl.load(cos + row * angle_stride + at).to(tl.float32)
-        s = tl.load(sin + row * angle_stride + at).to(tl.float32)
-        qkv += row * stride
+        at = tl.arange(0, BLOCK)
+        head, place = at // D, at % D
+        sign = 1 - 2 * (at // (D // 2) % 2)
+        other = sign * (D // 2)
+        is_query, is_value, inside = head < query, head >= query + key, head < query + 2 * key
+        of_query = dq + row * q_row + head * q_head
+        of_key = dk + row * k_row + (head - query) * k_head
+        of_value = dv + row * v_row + (head - query - key) * v_head
+        gradient = tl.where(is_query, of_query, tl.where(is_value, of_value, of_key)) + place
+        turns = inside & (is_value == 0)
+        own = tl.load(gradient, mask=inside, other=0).to(tl.float32)
+        partner = tl.load(gradient + other, mask=turns, other=0).to(tl.float32)
+        c = tl.load(cos + row * angle_stride + place, mask=turns, other=1).to(tl.float32)
+        s = tl.load(sin + row * angle_stride + place, mask=turns, other=0).to(tl.float32)
+        s *= sign
+        back = own * c + partner * s
         if NORM:
-            inverse += row * (query + key)
-        q_low, q_high = _turn_back(dq + row * q_row, q_head, qkv, inverse, q_norm, c, s, query, NORM, D, HALF, QUERY)
-        if NORM:
-            k_inverse = inverse + query
-        else:
-            k_inverse = inverse
-        k_low, k_high = _turn_back(
-            dk + row * k_row, k_head, qkv + query * D, k_inverse, k_norm, c, s, key, NORM, D, HALF, KEY
-        )
-        q_place = tl.arange(0, QUERY)[:, None]
-        k_place = tl.arange(0, KEY)[:, None]
-        q_inside = (q_place < query) & (at < HALF)
-        k_inside = (k_place < key) & (at < HALF)
-        v_low = tl.load(dv + row * v_row + k_place * v_head + at, mask=k_inside, other=0).to(tl.float32)
-        v_high = tl.load(dv + row * v_row + k_place * v_head + HALF + at, mask=k_inside, other=0).to(tl.float32)
+            y = qkv + row * stride + at
+            n = tl.load(y, mask=turns, other=0).to(tl.float32) * c
+            n += tl.load(y + other, mask=turns, other=0).to(tl.float32) * s
+            weight = tl.load(tl.where(is_query, q_norm, k_norm) + place, mask=turns, other=1).to(tl.float32)
+            inner = tl.sum(tl.reshape(n * back, (BLOCK // D, D)), 1)[:, None] / D
+            n = tl.where(weight == 0, 0.0, n / tl.where(weight == 0, 1.0, weight))
+            one = tl.arange(0, BLOCK // D)
+            by = tl.load(inverse + row * (query + key) + one, mask=one < query + key, other=1)[:, None]
+            normed = by * tl.reshape(weight * back, (BLOCK // D, D)) - by * inner * tl.reshape(n, (BLOCK // D, D))
+            back = tl.where(is_value, back, tl.reshape(normed, (BLOCK,)))
+        if INT8:
+            back = turned(back)
         if TOP > 0:
-            of_q = tl.maximum(tl.max(tl.abs(q_low)), tl.max(tl.abs(q_high)))
-            of_k = tl.maximum(tl.max(tl.abs(k_low)), tl.max(tl.abs(k_high)))
-            of_v = tl.maximum(tl.max(tl.abs(v_low)), tl.max(tl.abs(v_high)))
-            step = tl.maximum(tl.maximum(of_q, tl.maximum(of_k, of_v)) / TOP, 1e-12)
+            step = tl.maximum(tl.max(tl.abs(back), 0) / TOP, 1e-12)
             tl.store(scale + row, step)
-            factor = 1.0 / step
-        else:
-            factor = 1.0
-        rows += row * rows_stride
-        store_rounded(rows + q_place * D + at, q_low * factor, q_inside, False)
-        store_rounded(rows + q_place * D + HALF + at, q_high * factor, q_inside, False)
-        rows += query * D
-        store_rounded(rows + k_place * D + at, k_low * factor, k_inside, False)
-        store_rounded(rows + k_place * D + HALF + at, k_high * factor, k_inside, False)
-        rows += key * D
-        store_rounded(rows + k_place * D + at, v_low * factor, k_inside, False)
-        store_rounded(rows + k_place * D + HALF + at, v_high * factor, k_inside, False)
+            back *= 1.0 / step
+        store_rounded(rows + row * rows_stride + at, back, inside, INT8)

@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.triton_or_none import tl, triton, use_triton
+from kitaeru.kernels.triton_or_none import launch, power_of_two, tl, triton, use_triton
 from kitaeru.kernels.turned import turn
 
 if triton is not None:
-    from kitaeru.kernels.turned import turned, turning
+    from kitaeru.kernels.turned import turned
 
 Arithmetic = Literal["16bit", "fp8", "int8"]
 FP8_MOST = 448.0
@@ -68,14 +68,14 @@ def turns(dtype: torch.dtype) -> bool:
     return dtype == torch.int8
 
 
-def row_block(width: int, *, turned: bool, most: int = 1 << 20) -> int:
-    """Columns of a row that a kernel holds at a time: a power of two; to turn them, 16 times 64 or more."""
-    return max(1024 if turned else 1, min(most, int(triton.next_power_of_2(width))))
+def row_block(width: int) -> int:
+    """Columns that a kernel holds which holds a whole row: a power of two, and what one warp turns at least."""
+    return max(512, power_of_two(width))
 
 
-def row_warps(width: int) -> int:
-    """Warps for a kernel that holds a whole row: at most 32 numbers a thread, up to 16,384 columns."""
-    return 4 if width <= 2048 else 8 if width <= 8192 else 16
+def row_warps(block: int) -> int:
+    """Warps for a kernel that holds a whole row: 16 numbers a thread, 32 from 8,192 columns on."""
+    return block // 512 if block <= 4096 else min(16, block // 1024)
 
 
 def empty_rows(tokens: int, width: int, extra: int, dtype: torch.dtype, like: Tensor, *, plain: bool = False) -> Rows:
@@ -104,10 +104,11 @@ def round_rows(values: Tensor, dtype: torch.dtype, extra: int = 0) -> Rows:
     rows = empty_rows(len(values), values.shape[1], extra, dtype, values)
     if not use_triton(values):
         return put_rows(values, rows)
-    _round[(len(values),)](
+    block = row_block(rows.width)
+    launch(
+        _round, (len(values),),
         values, rows.data, rows.scale, values.stride(0), rows.data.stride(0), rows.width,
-        TOP=top(dtype), INT8=dtype == torch.int8, BLOCK=row_block(rows.width, turned=rows.turned),
-        num_warps=row_warps(rows.width),
+        TOP=top(dtype), INT8=dtype == torch.int8, BLOCK=block, num_warps=row_warps(block),
     )  # fmt: skip
     return rows
 
@@ -115,11 +116,16 @@ def round_rows(values: Tensor, dtype: torch.dtype, extra: int = 0) -> Rows:
 if triton is not None:
 
     @triton.jit
+    def most_of_16(values):  # type: ignore[no-untyped-def]
+        """The largest size among each 16 neighbours, which one thread holds: [N] to [N / 16]."""
+        return tl.max(tl.reshape(tl.abs(values), (values.numel // 16, 16)), 1)
+
+    @triton.jit
     def store_rounded(pointer, values, mask, INT8: tl.constexpr):  # type: ignore[no-untyped-def]
         """Store fp32 values in the pointer's dtype, INT8 rounded half to even as torch does."""
         if INT8:
-            # 1.5 * 2**23: adding it leaves no room for a fraction, so the sum is rounded to an integer.
-            values = (values + 12582912.0) - 12582912.0
+            # 1.5 * 2**23: adding it leaves no room for a fraction, so the sum's lowest bits are the rounded integer.
+            values = (values + 12582912.0).to(tl.int32, bitcast=True)
         tl.store(pointer, values.to(pointer.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -128,9 +134,10 @@ if triton is not None:
         x += row * x_stride
         y += row * y_stride
         at = tl.arange(0, BLOCK)
-        values = tl.load(x + at, mask=at < width, other=0).to(tl.float32)
+        values = tl.load(x + at, mask=at < width, other=0)
         if INT8:
-            values = turned(values, turning(), BLOCK // 64)
+            values = turned(values)
+        values = values.to(tl.float32)
         if TOP > 0:
             step = tl.maximum(tl.max(tl.abs(values), 0) / TOP, 1e-12)
             tl.store(scale + row, step)

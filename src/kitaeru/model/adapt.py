@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from kitaeru.errors import ModelError
 from kitaeru.i18n import tr
-from kitaeru.model.experts import adapt_packed
+from kitaeru.model.experts import PackedExperts, adapt_packed
+from kitaeru.plan.layouts import beyond_experts, experts_remedy, experts_take
 from kitaeru.recipe.types import LoraSection
 
 
@@ -21,7 +22,7 @@ def add_adapter(model: PreTrainedModel, section: LoraSection, seed: int) -> Peft
     """`model` with a fresh LoRA adapter; only the adapter (and `modules_to_save`) is trained, in fp32.
 
     Raises:
-        ModelError: a target names no layer of this model.
+        ModelError: a target names no layer of this model, or PEFT cannot adapt it so.
     """
     targets = _targets(model, section.targets)
     torch.manual_seed(seed)
@@ -39,7 +40,12 @@ def add_adapter(model: PreTrainedModel, section: LoraSection, seed: int) -> Peft
     )
     try:
         adapted = get_peft_model(model, adapt_packed(config))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
+        wishes = beyond_experts(section)
+        if wishes and _has_stacks(model):
+            raise ModelError(experts_take(wishes), remedy=experts_remedy()) from error
+        if isinstance(error, AttributeError):
+            raise
         raise ModelError(tr("The adapter does not fit this model: {said}", said=str(error).splitlines()[0])) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -53,6 +59,14 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     if isinstance(config, LoraConfig):
         config = adapt_packed(config)
     return PeftModel.from_pretrained(model, str(folder), config=config)
+
+
+def _has_stacks(model: PreTrainedModel) -> bool:
+    """Whether a module has weights of several experts in one tensor."""
+    return any(
+        isinstance(module, PackedExperts) or any(weight.dim() == 3 for weight in module.parameters(recurse=False))
+        for module in model.modules()
+    )
 
 
 def _targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> str | list[str]:

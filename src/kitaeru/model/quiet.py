@@ -15,6 +15,7 @@ _KNOWN = (
     r".*Merge lora module to 4-bit.*",
     r".*matmul_4bit: weight was quantized from.*",
     r".*is_gradient_checkpointing.*",
+    r".*gradient_checkpointing_(en|dis)able. is deprecated.*",
     r".*tie_word_embeddings.*",
     r".*is_gradient_checkpointing. is deprecated.*",
     r".*Ensure that the model.*is loaded correctly.*",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kitaeru.i18n import tr
-from kitaeru.kernels.adapter import outer, project
-from kitaeru.kernels.frozen import Scales, Stored, expand, scales_of, write_adapter
+from kitaeru.kernels.adapter import Share, Shares, gradients, project
+from kitaeru.kernels.frozen import Scales, Stored, Weights, expand, scales_of, write_adapter
 from kitaeru.kernels.product import product
 from kitaeru.kernels.rows import Arithmetic, Rows, storage, turns
 from kitaeru.kernels.turned import TURN
@@ -56,6 +56,9 @@ class Site:
     """Linear layers that share their input, in one arithmetic; in 16 bits where INT8 is wanted and a side is
     not a multiple of 64.
 
+    `dtype`: of the rows it takes; `extra`: further columns of these, and of the gradients it is given; `outputs`:
+    columns of its result; `parameters`: what is trained, A and B of each adapted member. All are worked out once.
+
     `holds`: expanded weights are held once they are made, 1 or 2 bytes a weight for each pass, instead of for one
     product; by default on a CPU, whose references expand slowly.
     """
@@ -64,16 +67,25 @@ class Site:
     arithmetic: Arithmetic
     compute: torch.dtype
     holds: bool = False
+    dtype: torch.dtype = field(init=False)
+    extra: int = field(init=False)
+    outputs: int = field(init=False)
+    parameters: list[Tensor] = field(init=False)
     scales: Scales = field(init=False)
     bias: Tensor | None = field(init=False)
+    weights: Weights = field(init=False)
+    shares: Shares = field(init=False)
     _seen: tuple[int, ...] = ()
     _thin: tuple[Tensor, Tensor] | None = None
     _held: dict[bool, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.weights = Weights(tuple(m.stored for m in self.members))
+        self.outputs = self.weights.shape[0]
+        self.dtype = storage(self.arithmetic, self.compute)
         if turns(self.dtype) and any(side % TURN for m in self.members for side in m.stored.shape):
-            self.arithmetic = "16bit"
-        self.scales = scales_of([m.stored for m in self.members], self.dtype)
+            self.arithmetic, self.dtype = "16bit", self.compute
+        self.scales = scales_of(self.weights, self.dtype)
         self.holds = self.holds or self.members[0].stored.data.device.type == "cpu"
         biases = [m.bias for m in self.members]
         whole = None
@@ -84,46 +96,39 @@ class Site:
             ]
             whole = torch.cat([part.to(self.compute) for part in parts])
         self.bias = whole
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the rows it takes."""
-        return storage(self.arithmetic, self.compute)
+        shares, row, column = list[Share](), 0, 0
+        for m in self.members:
+            if m.a is not None and m.b is not None:
+                shares.append(Share(row, len(m.a), column, len(m.b), m.scaling))
+                row += len(m.a)
+            column += m.stored.shape[0]
+        self.shares = Shares(tuple(shares))
+        self.extra = extra_columns(self.arithmetic, self.rank)
+        self.parameters = [p for m in self.members if m.a is not None and m.b is not None for p in (m.a, m.b)]
 
     @property
     def rank(self) -> int:
         """The sum of the adapters' ranks."""
-        return sum(len(m.a) for m in self.members if m.a is not None)
-
-    @property
-    def extra(self) -> int:
-        """Further columns of the rows it takes, and of the gradients it is given."""
-        return extra_columns(self.arithmetic, self.rank)
-
-    @property
-    def outputs(self) -> int:
-        """Columns of its result."""
-        return sum(m.stored.shape[0] for m in self.members)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """What is trained: A and B of each adapted member."""
-        return [p for m in self.members if m.a is not None and m.b is not None for p in (m.a, m.b)]
+        return self.shares.rank
 
     def thin(self) -> tuple[Tensor, Tensor]:
         """All A, one below the other [R, K], and all B, each in its own rows, scaled and transposed [R, N]."""
-        seen = (_steps, *(p._version for p in self.parameters))
+        seen = (_steps, *[p._version for p in self.parameters])
         if self._thin is None or seen != self._seen:
             with torch.no_grad():
-                down = torch.cat([m.a for m in self.members if m.a is not None]).to(self.compute)
-                up = down.new_zeros((self.rank, self.outputs))
-                row = column = 0
-                for m in self.members:
-                    if m.a is not None and m.b is not None:
-                        up[row : row + len(m.a), column : column + len(m.b)] = (m.b * m.scaling).T
-                        row += len(m.a)
-                    column += m.stored.shape[0]
-            self._seen, self._thin = seen, (down, up)
+                if self._thin is None:
+                    like = self.parameters[0]
+                    shapes = (self.rank, self.weights.shape[1]), (self.rank, self.outputs)
+                    self._thin = (
+                        like.new_empty(shapes[0], dtype=self.compute),
+                        like.new_zeros(shapes[1], dtype=self.compute),
+                    )
+                down, up = self._thin
+                for s, a, b in zip(self.shares.each, self.parameters[::2], self.parameters[1::2], strict=True):
+                    rows = slice(s.row, s.row + s.rank)
+                    down[rows].copy_(a)
+                    torch.mul(b.T, s.scaling, out=up[rows, s.column : s.column + s.outputs])
+            self._seen = seen
         return self._thin
 
     def forward(self, x: Rows) -> tuple[Tensor, Tensor | None]:
@@ -154,8 +159,7 @@ class Site:
         scale = self.scales.backward if transposed else self.scales.forward
         held = self._held.get(transposed)
         if held is None:
-            weights = [m.stored for m in self.members]
-            held = expand(weights, scale, adapter, self.extra, self.dtype, transposed=transposed)
+            held = expand(self.weights, scale, adapter, self.extra, self.dtype, transposed=transposed)
             if self.holds:
                 self._held[transposed] = held
         elif self.extra:
@@ -166,15 +170,7 @@ class Site:
         """The gradients of `parameters`, fp32."""
         if thin is None or dthin is None:
             return []
-        of_a, of_b = outer(dthin, x), outer(thin, dy)  # [R, K], [R, N]
-        result, row, column = [], 0, 0
-        for m in self.members:
-            if m.a is not None and m.b is not None:
-                rows = slice(row, row + len(m.a))
-                result += [of_a[rows], of_b[rows, column : column + len(m.b)].T * m.scaling]
-                row += len(m.a)
-            column += m.stored.shape[0]
-        return result
+        return [g for pair in gradients(x, thin, dthin, dy, self.shares) for g in pair]
 
     def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y.add_(self.bias)

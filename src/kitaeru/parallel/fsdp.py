@@ -68,7 +68,7 @@ def deal(tokens: Sequence[int], ranks: int) -> list[list[int | None]]:
 
 def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     """Cut the weights into pieces, a layer at a time; where they are not here yet, as the layers arrive."""
-    mesh, ranks = _mesh(world, layout), layout.shared_by
+    mesh, ranks = mesh_of(world, layout), layout.shared_by
     group = mesh.get_group("pieces") if layout.shards else None
     adapter = layout.method in ("lora", "qlora")
     whole = {parameter for _, parameter in named} if adapter else set()
@@ -80,8 +80,11 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     def cut(module: nn.Module) -> None:
         # "grad" keeps the layers whole between a forward pass and its backward pass.
         kept = layout.variant == "grad" and module is not unit
+        before = [p for p in module.parameters() if p not in whole and not isinstance(p, DTensor)]
         with _bytes_may_be_parameters():
             fully_shard(module, mesh=mesh, reshard_after_forward=not kept, ignored_params=whole, offload_policy=policy)
+        for parameter in before:  # a list of what is trained still has them
+            parameter.data = parameter.data.new_empty(0)
 
     blocks = _blocks(unit.model)
     if unit.parts is None:
@@ -133,7 +136,7 @@ def _bytes_may_be_parameters() -> Iterator[None]:
         module.nn = nn
 
 
-def _mesh(world: World, layout: Layout) -> DeviceMesh:
+def mesh_of(world: World, layout: Layout) -> DeviceMesh:
     """All ranks in a row, or copies by pieces: ranks of one machine follow each other, and share a copy."""
     if not layout.shards:
         return init_device_mesh(layout.device, (world.size,))

@@ -7,7 +7,8 @@ bits behind the next layer's backward pass. What lies outside of the layers (tab
 its gradients go down once a step. The optimizer works in RAM, on all cores.
 
 Several ranks hold the rows of every weight between them, as in `fsdp`: each brings its rows to its device, and the
-devices put them together; gradients are added up and cut before they go down.
+devices put them together; gradients are added up and cut before they go down. With `layout.shards` there are several
+copies, each held by so many ranks that follow each other: their sums in RAM are added up once a step.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from kitaeru.i18n import tr
 from kitaeru.model.layers import layers_of
 from kitaeru.model.load import DTYPES
 from kitaeru.parallel import single
-from kitaeru.parallel.fsdp import arriving, together
+from kitaeru.parallel.fsdp import arriving, mesh_of, together
 from kitaeru.parallel.fsdp import deal as deal
 from kitaeru.parallel.start import same_start
 from kitaeru.parallel.types import Held, Named, Rows, Unit, Work
@@ -50,6 +51,19 @@ ALIGNED = 256
 
 
 # ---- what lies in RAM ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The `size` ranks that hold a copy between them, of which this is number `place`; `group` is theirs (None: all),
+    and `copies` that of the ranks that hold the same rows in each of the `count` copies.
+    """
+
+    size: int
+    place: int
+    group: Any = None
+    count: int = 1
+    copies: Any = None
 
 
 @dataclass
@@ -81,22 +95,22 @@ class Shelf:
     takes `slot_bytes`.
     """
 
-    def __init__(self, owners: Iterable[tuple[str, nn.Module, str]], world: World, dtype: torch.dtype) -> None:
+    def __init__(self, owners: Iterable[tuple[str, nn.Module, str]], ranks: Ranks, dtype: torch.dtype) -> None:
         self.weights: list[Weight] = []
         start = place = 0
         for name, module, own in owners:
             parameter = module._parameters[own]
             assert parameter is not None
-            shape, most = parameter.shape, -(-parameter.shape[0] // world.size)
+            shape, most = parameter.shape, -(-parameter.shape[0] // ranks.size)
             width = parameter.numel() // shape[0]
-            first = most * world.rank
+            first = most * ranks.place
             count = max(0, min(shape[0] - first, most)) * width
             # What autocast would cast at each use, and nothing else, is cast on arrival.
             kind = dtype if isinstance(module, nn.Linear) and parameter.dim() > 1 else torch.float32
             rows = Rows(tuple(shape), first)
             self.weights.append(Weight(name, module, own, shape, kind, start, most * width, rows, count, place))
             start += most * width
-            place += -(-most * width * world.size * kind.itemsize // ALIGNED) * ALIGNED
+            place += -(-most * width * ranks.size * kind.itemsize // ALIGNED) * ALIGNED
         self.slot_bytes = place
         self.masters, self.gradients = torch.zeros(start), torch.empty(start)
 
@@ -128,25 +142,24 @@ class Slot:
 
 
 class Host:
-    """What a rank has in RAM, and how it comes to the device and goes back. `ranks` and `group` are those that hold the
-    weights between them.
-    """
+    """What a rank has in RAM, and how it comes to the device and goes back."""
 
     def __init__(
-        self, world: World, shelves: Sequence[Shelf], outside: Shelf, layers: Sequence[nn.Module], device: torch.device
+        self, ranks: Ranks, shelves: Sequence[Shelf], outside: Shelf, layers: Sequence[nn.Module], device: torch.device
     ) -> None:
-        self.world, self.shelves, self.outside, self.device = world, shelves, outside, device
+        self.ranks, self.shelves, self.outside, self.device = ranks, shelves, outside, device
         self.cuda = device.type == "cuda"
         self.backwards = self.last = False
         self.stale = True  # the device's copies of what lies outside of the layers
         self.squares = 0.0
+        self.rows_of: Mapping[str, Rows] = {}
         self.token = torch.zeros((), device=device, requires_grad=True)
         self.up, self.down = (torch.cuda.Stream(device) if self.cuda else None for _ in range(2))
         most = max(shelf.slot_bytes for shelf in shelves)
         self.slots = [Slot(torch.empty(most, dtype=torch.uint8, device=device)) for _ in range(LAYERS_AT_ONCE)]
         self.free, self.loaded = deque(self.slots), dict[int, Slot]()
         widest = max(weight.each for shelf in shelves for weight in shelf.weights)
-        own = 4 * widest if world.size > 1 else 0  # this rank's rows, before they are put together
+        own = 4 * widest if ranks.size > 1 else 0  # this rank's rows, before they are put together
         self.rows = torch.empty(own, dtype=torch.uint8, device=device)
         self.uncast = torch.empty(min(widest, CAST_AT_ONCE) if self.cuda else 0, device=device)
         self.pool, self.jobs = ThreadPoolExecutor(1), list[Future[None]]()
@@ -155,7 +168,7 @@ class Host:
         self.pinned = True
         if self.up is not None:
             self.up.wait_stream(torch.cuda.current_stream())  # what had the slots' memory before
-            size = max(sum(_sent_bytes(weight, world.size) for weight in shelf.weights) for shelf in shelves)
+            size = max(sum(_sent_bytes(weight, ranks.size) for weight in shelf.weights) for shelf in shelves)
             buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(LAYERS_AT_ONCE)]
             for memory in (*buffers, outside.masters, outside.gradients, *(shelf.masters for shelf in shelves)):
                 self.pinned = self.pinned and _pin(self, memory)
@@ -220,7 +233,7 @@ class Host:
         self.free.append(slot)
 
     def _in_slot(self, weight: Weight, slot: Slot) -> Tensor:
-        size = weight.each * self.world.size * weight.dtype.itemsize
+        size = weight.each * self.ranks.size * weight.dtype.itemsize
         return slot.memory[weight.place : weight.place + size].view(weight.dtype)
 
     @torch.no_grad()
@@ -239,7 +252,7 @@ class Host:
 
     def _bring(self, mine: Tensor, whole: Tensor) -> None:
         """This rank's numbers in RAM to the device, cast there, and all ranks' numbers together in `whole`."""
-        alone = self.world.size == 1
+        alone = self.ranks.size == 1
         here = whole if alone else self.rows[: len(mine) * whole.dtype.itemsize].view(whole.dtype)
         if not self.cuda or here.dtype == mine.dtype:
             here.copy_(mine, non_blocking=True)
@@ -247,7 +260,7 @@ class Host:
             for numbers, place in zip(mine.split(len(self.uncast)), here.split(len(self.uncast)), strict=True):
                 place.copy_(self.uncast[: len(numbers)].copy_(numbers, non_blocking=True))
         if not alone:
-            dist.all_gather_into_tensor(whole.view(torch.uint8), here.view(torch.uint8))
+            dist.all_gather_into_tensor(whole.view(torch.uint8), here.view(torch.uint8), group=self.ranks.group)
 
     # -- gradients --
 
@@ -281,19 +294,19 @@ class Host:
             if piece is not None and buffer is not None:
                 here = buffer[place : place + piece.nbytes].view(piece.dtype)
                 yield weight, here.copy_(piece, non_blocking=True)
-                place += _sent_bytes(weight, self.world.size)
+                place += _sent_bytes(weight, self.ranks.size)
             elif piece is not None:
                 yield weight, piece
 
     def _own_sum(self, weight: Weight, gradient: Tensor | None) -> Tensor | None:
-        """This rank's rows of the sum of all ranks' gradients of a weight, as numbers in a row; None without any."""
-        if self.world.size == 1:
+        """This rank's rows of the sum of its copy's gradients of a weight, as numbers in a row; None without any."""
+        if self.ranks.size == 1:
             return None if gradient is None else gradient.reshape(-1)
-        whole = torch.zeros(weight.each * self.world.size, device=self.device)
+        whole = torch.zeros(weight.each * self.ranks.size, device=self.device)
         if gradient is not None:
             whole[: gradient.numel()].copy_(gradient.reshape(-1))
         mine = torch.empty(weight.each, device=self.device)
-        dist.reduce_scatter_tensor(mine, whole)
+        dist.reduce_scatter_tensor(mine, whole, group=self.ranks.group)
         return mine
 
     def _add(
@@ -312,10 +325,18 @@ class Host:
         del gradients
         try:
             for weight, numbers in pairs:
-                self._add_one(self.shelves[number], weight, numbers, last=last)
+                self._add_one(self.shelves[number], weight, numbers, last=last and self.ranks.count == 1)
         finally:
             if buffer is not None:
                 self.staging.put(buffer)
+        if last and self.ranks.count > 1:
+            self._over_copies(self.shelves[number].gradients)
+
+    @torch.no_grad()
+    def _over_copies(self, sums: Tensor) -> None:
+        """Add up what the copies have, in their RAM, and take it into the norm."""
+        dist.all_reduce(sums, group=self.ranks.copies)
+        self.squares += sum(float(part.square().sum()) for part in sums.split(len(self.scratch)))
 
     @torch.no_grad()
     def _add_one(self, shelf: Shelf, weight: Weight, numbers: Tensor, *, last: bool) -> None:
@@ -348,11 +369,11 @@ class Host:
             parameter = weight.module._parameters[weight.own]
             assert parameter is not None
             mine = self.outside.masters[weight.start : weight.start + weight.each]
-            if self.world.size == 1:
+            if self.ranks.size == 1:
                 parameter.data.view(-1).copy_(mine, non_blocking=True)
             else:
-                whole = torch.empty(weight.each * self.world.size, device=self.device)
-                dist.all_gather_into_tensor(whole, mine.to(self.device))
+                whole = torch.empty(weight.each * self.ranks.size, device=self.device)
+                dist.all_gather_into_tensor(whole, mine.to(self.device), group=self.ranks.group)
                 parameter.data.view(-1).copy_(whole[: parameter.numel()])
         self.stale = False
 
@@ -383,8 +404,11 @@ class Host:
                 weight.arrived = True
                 if self.cuda:
                     torch.cuda.current_stream().synchronize()
-                self.squares += sum(float(part.square().sum()) for part in sums.split(len(self.scratch)))
+                if self.ranks.count == 1:
+                    self.squares += sum(float(part.square().sum()) for part in sums.split(len(self.scratch)))
             parameter.grad = None
+        if self.ranks.count > 1:
+            self._over_copies(self.outside.gradients)
         self.stale = True
 
 
@@ -428,13 +452,14 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
             remedy=tr("Train it with another strategy, or with `method: lora`."),
         )
     device, dtype, layers = single.own_device(layout), DTYPES[layout.precision], list(found[1])
+    ranks = _ranks(world, layout)
     if unit.parts is None and world.size > 1:
         same_start(model, named, world)
     names = {id(parameter): name for name, parameter in named}
     inside_them = {id(module) for layer in layers for module in layer.modules()}
-    shelves = [Shelf(_owners(layer.modules(), names), world, dtype) for layer in layers]
+    shelves = [Shelf(_owners(layer.modules(), names), ranks, dtype) for layer in layers]
     others = (module for module in model.modules() if id(module) not in inside_them)
-    outside = Shelf(_owners(others, names), world, torch.float32)
+    outside = Shelf(_owners(others, names), ranks, torch.float32)
     places = {weight.name: (shelf, weight) for shelf in (*shelves, outside) for weight in shelf.weights}
     if unit.parts is None:
         _take(model, places, outside, device)
@@ -445,12 +470,29 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
                     _keep(shelf, weight, tensors[name] if shelf is outside else tensors.pop(name))
             unit.parts.put(tensors)
         unit.parts = None
-    host = Host(world, shelves, outside, layers, device)
+    host = Host(ranks, shelves, outside, layers, device)
     host.ready()
     own = [(name, nn.Parameter(weight.of(shelf.masters))) for name, (shelf, weight) in _in_order(named, places)]
-    rows = {name: weight.rows for name, (_, weight) in places.items()} if world.size > 1 else {}
+    host.rows_of = {name: weight.rows for name, (_, weight) in places.items()} if ranks.size > 1 else {}
     slow = tr("This system does not let memory be locked: copies between RAM and the device are slower than planned.")
-    return Held(world, unit, own, host, at=device, rows=rows, notices=() if host.pinned else (slow,))
+    return Held(
+        world,
+        unit,
+        own,
+        host,
+        at=device,
+        rows=host.rows_of if world.rank < ranks.size else {},  # one copy is enough for a checkpoint
+        first_rows={name: rows.first for name, rows in host.rows_of.items()},
+        notices=() if host.pinned else (slow,),
+    )
+
+
+def _ranks(world: World, layout: Layout) -> Ranks:
+    if not layout.shards:
+        return Ranks(world.size, world.rank)
+    mesh = mesh_of(world, layout)
+    pieces, copies = mesh.get_group("pieces"), mesh.get_group("copies")
+    return Ranks(layout.shards, world.rank % layout.shards, pieces, world.size // layout.shards, copies)
 
 
 def _owners(modules: Iterable[nn.Module], names: Mapping[int, str]) -> Iterator[tuple[str, nn.Module, str]]:
@@ -528,25 +570,29 @@ def reduce(held: Held) -> None:
 
 
 def norm(held: Held) -> Tensor:
-    """The norm of all pieces on all ranks, summed up as they came."""
-    return held.world.sum(torch.tensor(held.state.squares, dtype=torch.float64)).sqrt()
+    """The norm of all pieces of a copy, summed up as they came."""
+    host: Host = held.state
+    total = held.world.sum(torch.tensor(host.squares, dtype=torch.float64))
+    return (total / host.ranks.count).sqrt()
 
 
 def gather(held: Held, name: str, tensor: Tensor) -> Tensor:
     """Put the pieces together."""
-    rows = held.rows.get(name)
+    host: Host = held.state
+    rows = host.rows_of.get(name)
     if rows is None or tensor.dim() != len(rows.shape):
         return tensor.detach().cpu()
-    return together(tensor.detach(), rows.shape[0], held.world.size)
+    return together(tensor.detach(), rows.shape[0], host.ranks.size, host.ranks.group)
 
 
 def scatter(held: Held, name: str, tensor: Tensor) -> Tensor:
     """This rank's rows."""
-    held.state.stale = True
-    rows = held.rows.get(name)
+    host: Host = held.state
+    host.stale = True
+    rows = host.rows_of.get(name)
     if rows is None or tensor.shape != rows.shape:
         return tensor
-    most = -(-rows.shape[0] // held.world.size)
+    most = -(-rows.shape[0] // host.ranks.size)
     return tensor[rows.first : rows.first + most].clone()
 
 

@@ -67,7 +67,8 @@ class Held:
 
     Names in `named` are those of the whole model, in its order; ranks may hold different ones. `state` is the
     strategy's own. `devices` are those of this process where it has more than one. `at`: where it computes (None: where
-    its trained parameters are). `rows`: what it writes into checkpoints, if its pieces are rows. `optimizer`: the one
+    its trained parameters are). `rows`: what it writes into checkpoints, if its pieces are rows. `first_rows`: the
+    number of the first row of each piece, for an optimizer to which places matter. `optimizer`: the one
     that a strategy drives itself. `elsewhere`: how many numbers of the trained parameters, and of all, only others
     have, where the model's parameters here are pieces themselves. `notices`: what a person should be told.
     """
@@ -79,6 +80,7 @@ class Held:
     devices: tuple[torch.device, ...] = ()
     at: torch.device | None = None
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    first_rows: Mapping[str, int] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
     elsewhere: tuple[int, int] = (0, 0)
     notices: tuple[str, ...] = ()

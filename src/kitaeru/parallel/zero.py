@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -23,7 +24,9 @@ from torch import nn
 
 from kitaeru.errors import CheckpointError, MissingLibraryError, UsageError
 from kitaeru.i18n import tr
+from kitaeru.model.parts import Parts
 from kitaeru.parallel import single
+from kitaeru.parallel.fsdp import arriving
 from kitaeru.parallel.fsdp import deal as deal
 from kitaeru.parallel.single import squares
 from kitaeru.parallel.start import same_start
@@ -122,20 +125,26 @@ def library(layout: Layout) -> Any:
 
 
 def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
-    """Hand the model and its optimizer to DeepSpeed."""
+    """Hand the model and its optimizer to DeepSpeed; with ZeRO-3 a layer at a time, as the layers arrive."""
     deepspeed = library(layout)
     assert unit.engine is not None
-    same_start(unit.model, named, world)
-    optimizer = unit.engine.optimizer(named)  # while the weights are whole: their shapes decide its groups
+    if unit.parts is None:
+        same_start(unit.model, named, world)
+    optimizer = unit.engine.optimizer(named)  # before anything is cut: shapes decide its groups
     groups = [list(group["params"]) for group in optimizer.param_groups]
     config = dict(unit.engine.config)
     shapes = {name: parameter.shape for name, parameter in named}
     device = single.own_device(layout)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes its device from there; ranks may share one
     if layout.strategy == "zero3":
-        # Cuts one weight after another on its way to the device.
         deepspeed.init_distributed(dist_init_required=False)
-        deepspeed.zero.Init(module=unit, config_dict_or_path=config)
+        cut = partial(deepspeed.zero.Init, config_dict_or_path=config)
+        if unit.parts is not None:
+            _as_they_come(unit.parts, world, device, cut)
+            unit.parts = None
+        cut(module=unit)  # what is whole yet, one weight after another on its way to the device
+        for buffer in unit.buffers():  # which DeepSpeed leaves where they are
+            buffer.data = buffer.data.to(device)
     engine, zero, _, _ = deepspeed.initialize(model=unit, optimizer=optimizer, config=config, dist_init_required=False)
     own = _Engine(engine, zero, engine.zero_optimization_stage(), layout.variant.startswith("offload"))
     own.pieces = {name: _piece(own, p, groups, shapes[name], world) for name, p in named}
@@ -146,6 +155,17 @@ def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     held = Held(world, unit, pieces, own, at=device, elsewhere=_elsewhere(unit.model))
     held.optimizer = driven(held, optimizer, groups)
     return held
+
+
+def _as_they_come(parts: Parts, world: World, device: torch.device, cut: Callable[..., Any]) -> None:
+    """Fill an outline a layer at a time, and cut each before the next comes."""
+    for number, tensors in arriving(parts, world, device):
+        owners = {name: parts.owners[name] for name in tensors}
+        # A table that is input and output comes with the first layer and again with the last, when it is cut already.
+        done = {name for name, (module, own) in owners.items() if hasattr(getattr(module, own), "ds_id")}
+        parts.put({name: tensor for name, tensor in tensors.items() if name not in done})
+        del tensors
+        cut(module=nn.ModuleList([parts.layers[number], *(module for module, _ in owners.values())]))
 
 
 def _elsewhere(model: nn.Module) -> tuple[int, int]:

@@ -6,6 +6,8 @@ attention. The tests compare every count with the tensors that torch really save
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from kitaeru.plan import fused
 from kitaeru.plan.stored import (
     Setting,
@@ -30,6 +32,7 @@ LEAVING = 2
 PIECE_BYTES = 16 << 20
 
 
+@lru_cache(maxsize=1024)
 def kept_per_token(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str, int]:
     """Bytes that all layers keep for the backward pass for one token, by part; recomputation left aside.
 
@@ -162,6 +165,7 @@ def kept_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     return total + (c * shape.expert_parameters() if merges_experts(layout, shape, lora) else 0)
 
 
+@lru_cache(maxsize=1024)
 def cast_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """16-bit copies of linear layers' trained 32-bit weights, which autocast makes and keeps in a forward pass; those
     of packed experts' adapters are made for each pass and let go.
@@ -197,6 +201,7 @@ def score_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> tuple[in
     return shape.heads * per_head * pairs, c * pairs
 
 
+@lru_cache(maxsize=1024)
 def activation_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
     """What is kept when the forward pass of one micro-batch ends: `micro_batch_tokens` in one row.
 
@@ -263,6 +268,7 @@ def recomputed_layer_bytes(layout: Layout, shape: ModelShape, setting: Setting) 
     return one_layer_bytes(layout.of_again, shape, setting) if layout.again(shape.layers) else 0
 
 
+@lru_cache(maxsize=1024)
 def one_layer_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> int:
     """What one layer keeps of a micro-batch; of a fused MLP that is computed again, one piece of the tokens."""
     parts = kept_per_token(layout, shape, setting)

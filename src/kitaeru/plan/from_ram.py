@@ -55,9 +55,9 @@ def slot_bytes(layout: Layout, shape: ModelShape) -> int:
 
 def sent_bytes(layout: Layout, shape: ModelShape) -> int:
     """One layer's gradients as one device sends them down: as they are computed, or as its rows of a sum in 32 bits."""
-    if layout.devices == 1:
+    if layout.shared_by == 1:
         return slot_bytes(layout, shape)
-    return -(-4 * parts_of(shape).layer // layout.devices)
+    return -(-4 * parts_of(shape).layer // layout.shared_by)
 
 
 def device_moments(layout: Layout, shape: ModelShape, setting: Setting) -> list[Items]:
@@ -69,11 +69,11 @@ def device_moments(layout: Layout, shape: ModelShape, setting: Setting) -> list[
     still being sent.
     """
     parts, width = parts_of(shape), slot_bytes(layout, shape)
-    several = 4 * parts.widest if layout.devices > 1 else 0
-    gathered = LAYERS_AT_ONCE * width + several // max(1, layout.devices)
+    several = 4 * parts.widest if layout.shared_by > 1 else 0
+    gathered = LAYERS_AT_ONCE * width + several // layout.shared_by
     gathered += 4 * min(parts.widest, CAST_AT_ONCE) if layout.device == "cuda" else 0
     # A sum over devices is made in 32 bits, one weight after the other.
-    summed = several + LAYERS_AT_ONCE * sent_bytes(layout, shape) if layout.devices > 1 else 0
+    summed = several + LAYERS_AT_ONCE * sent_bytes(layout, shape) if layout.shared_by > 1 else 0
     sending = width * (1 + LAYERS_AT_ONCE) + summed
     tables = 4 * parts.outside
     held = tables if setting.accumulates else 0
@@ -84,8 +84,8 @@ def device_moments(layout: Layout, shape: ModelShape, setting: Setting) -> list[
     always = {"weights": tables, "gathered": gathered} | library_bytes(layout)
     if layout.device == "cpu":
         always |= _on_a_cpu(layout, shape, setting)
-        held += 4 * shape.parameters() // layout.devices
-        tables += 4 * shape.parameters() // layout.devices
+        held += 4 * shape.parameters() // layout.shared_by
+        tables += 4 * shape.parameters() // layout.shared_by
     return [
         {**always, "gradients": held, "activations": kept, "head": head_bytes(layout, shape)},
         {**always, "gradients": held, "activations": kept, "head": head, "workspace": norm},
@@ -111,14 +111,14 @@ def device_moments(layout: Layout, shape: ModelShape, setting: Setting) -> list[
 
 def _on_a_cpu(layout: Layout, shape: ModelShape, setting: Setting) -> Items:
     """On a CPU the device's memory is the RAM, and holds this process's rows too."""
-    rows = 4 * shape.parameters() // layout.devices
-    moments = optimizer_bytes(setting.optimizer, layout, shape, setting.lora) // layout.devices
+    rows = 4 * shape.parameters() // layout.shared_by
+    moments = optimizer_bytes(setting.optimizer, layout, shape, setting.lora) // layout.shared_by
     return {"weights": 4 * parts_of(shape).outside + rows, "optimizer": moments}
 
 
 def ram_items(layout: Layout, shape: ModelShape, setting: Setting) -> Items:
-    """Bytes of RAM for all devices: weights in 32 bits, sums of gradients in 32 bits, moments, and locked buffers
-    through which gradients come.
+    """Bytes of RAM for all devices: of each copy the weights in 32 bits, sums of gradients in 32 bits, and moments;
+    locked buffers through which gradients come.
 
     >>> from kitaeru.recipe.types import LoraSection
     >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
@@ -127,18 +127,21 @@ def ram_items(layout: Layout, shape: ModelShape, setting: Setting) -> Items:
     >>> {name: round(size / 1e9, 1) for name, size in items.items()}
     {'weights': 32.1, 'gradients': 32.1, 'optimizer': 32.1, 'pinned': 0.9}
     """
-    count = shape.parameters()
+    copies = layout.devices // layout.shared_by
+    count = copies * shape.parameters()
     return {
         "weights": 4 * count,
         "gradients": 4 * count,
-        "optimizer": optimizer_bytes(setting.optimizer, layout, shape, setting.lora),
+        "optimizer": copies * optimizer_bytes(setting.optimizer, layout, shape, setting.lora),
         "pinned": layout.devices * LAYERS_AT_ONCE * sent_bytes(layout, shape),
     }
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Rates that the traffic runs at, bytes/s: of one device's copies, of the host's memory, between devices."""
+    """Rates that the traffic runs at, bytes/s: of one device's copies, of the host's memory (for one of the models that
+    lie in it), between the devices of a copy.
+    """
 
     copies: float
     memory: float
@@ -149,7 +152,7 @@ def layer_seconds(layout: Layout, shape: ModelShape, at: Traffic) -> tuple[float
     """What a layer's forward and backward pass must last to hide the traffic behind it. Weights come up in 32 bits,
     each device's rows, and are put together; gradients are added up, go down beside them, and to the sums in RAM.
     """
-    parts, count = parts_of(shape), layout.devices
+    parts, count = parts_of(shape), layout.shared_by
     share = (count - 1) / count
     up = 4 * parts.layer / count / at.copies + share * slot_bytes(layout, shape) / at.link
     down = sent_bytes(layout, shape) / at.copies + share * 4 * parts.layer / at.link
@@ -160,7 +163,7 @@ def layer_seconds(layout: Layout, shape: ModelShape, at: Traffic) -> tuple[float
 
 def step_seconds(layout: Layout, shape: ModelShape, setting: Setting, at: Traffic) -> tuple[float, float]:
     """The optimizer at the end of a step, which works through RAM, and the tables' way down and up again."""
-    parts, count = parts_of(shape), layout.devices
+    parts, count = parts_of(shape), layout.shared_by
     moved = UPDATE_BYTES[setting.optimizer] * shape.parameters()
     tables = 2 * 4 * parts.outside * (1 / count / at.copies + (count - 1) / count / at.link)
     return moved / at.memory, tables

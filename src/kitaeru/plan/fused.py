@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kitaeru.plan.stored import NF4_BLOCK, adapted
+from kitaeru.plan.stored import adapted
 from kitaeru.plan.types import Arithmetic, Layout
 from kitaeru.recipe.types import LoraSection
 from kitaeru.shape import Linear, ModelShape
@@ -162,10 +162,7 @@ def streamed_bytes_per_token(layout: Layout, shape: ModelShape, lora: LoraSectio
         thin = n * (h + q + h + f) if size else 0
         return float(rows + thin)
     gates = 2 * f if layout.activations == "keep8" else 2 * w * f
-    apart = 2 * w * (q + 2 * kv) * _turns(layout)  # the gradient of q, k and v is turned in a second pass
-    rows = (
-        apart + (w + n) * h + w * f + gates + 3 * n * f + (3 * w + 2 * n) * h + (w + n) * (q + 2 * kv) + (3 * w + n) * h
-    )
+    rows = (w + n) * h + w * f + gates + 3 * n * f + (3 * w + 2 * n) * h + (w + n) * (q + 2 * kv) + (3 * w + n) * h
     outputs = q + 2 * kv + h + 2 * f + h
     thin = 2 * n * outputs + n * (2 * h + f) + w * q if size else 0
     return float(rows + thin)
@@ -184,15 +181,14 @@ EVEN_HEADS = (64, 128)
 
 
 def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
-    """FLOP in 16 bits that turn one layer's rows and weights for one pass: 64 products and additions a number.
-
-    The kernels of the gate read a row twice, once for its scale, and turn it twice.
+    """FLOP in 16 bits that turn one layer's rows and weights for one pass: two products with 16 x 16 a number, each 16
+    products and additions. The kernels of the gate read a row twice, once for its scale, and turn it twice.
     """
     if not _turns(layout):
         return 0.0
     h, f, q, kv = shape.hidden, shape.intermediate, shape.q_size, shape.kv_size
     rows = 2 * h + q + 2 * f if forward else 4 * h + 4 * f + q + 2 * kv
-    return 2.0 * NF4_BLOCK * (layout.micro_batch_tokens * rows + shape.linear_parameters() / shape.layers)
+    return 64.0 * (layout.micro_batch_tokens * rows + shape.linear_parameters() / shape.layers)
 
 
 def operations(layout: Layout, *, forward: bool) -> float:

@@ -37,7 +37,7 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
     >>> from kitaeru.recipe.types import LoraSection
     >>> cut = Layout("zero3", "full", "none", "bf16", "recompute", 2048, "cuda", 2, "offload", 2)
     >>> sum(host_items(cut, llama, Setting(LoraSection())).values()) // 10**9
-    147
+    145
     """
     if layout.device == "cpu":
         return {"processes": host_bytes(layout, shape, setting) * layout.devices}
@@ -55,7 +55,7 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
     if trains_from_ram(layout):
         items |= ram_items(layout, shape, setting)
     elif layout.strategy == "fsdp" and layout.variant and not trains_all(layout) and layout.variant != "grad":
-        items["weights"] = weight_bytes(layout, shape)[0]
+        items["weights"] = layout.devices // layout.shared_by * weight_bytes(layout, shape)[0]
         items["pinned"] = PINNED_BYTES * layout.devices
     elif layout.variant.startswith("offload"):
         trained = trained_parameters(layout, shape, setting.lora)
@@ -64,6 +64,11 @@ def host_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str,
         items["pinned"] = PINNED_BYTES * layout.devices
         if layout.variant == "offload-all":
             items["weights"] = 4 * shape.parameters()
-    if layout.strategy == "zero3":  # each process has the whole model in RAM before its optimizer is made
-        items["loading"] += max(0, layout.devices * sum(weight_bytes(layout, shape)) - sum(items.values()))
+    if layout.strategy == "zero3":
+        # Before its optimizer is made, DeepSpeed lays out in RAM what it trains; a model that does not come in parts is
+        # whole in each process.
+        before = 4 * trained_parameters(layout, shape, setting.lora)
+        if not comes_in_parts(layout, setting.lora):
+            before = max(before, layout.devices * sum(weight_bytes(layout, shape)))
+        items["loading"] += max(0, before - sum(items.values()) + items["processes"])
     return {name: size for name, size in items.items() if size}

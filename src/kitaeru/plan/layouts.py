@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from kitaeru.hardware import Device
 from kitaeru.i18n import tr
 from kitaeru.plan import fused
-from kitaeru.plan.stored import packs_experts, trains_from_ram
+from kitaeru.plan.stored import adapts_experts, packs_experts, trains_from_ram
 from kitaeru.plan.types import Activations, Arithmetic, Base, Layout, MethodKind, Precision
 from kitaeru.recipe.checks import ZERO as ZERO
 from kitaeru.recipe.types import LoraSection, Recipe
@@ -75,7 +75,7 @@ def comes_in_parts(layout: Layout, lora: LoraSection) -> bool:
     Random weights are drawn all at once; some adapters start from whole weights, and a module that is trained beside an
     adapter is a copy of one.
     """
-    if layout.method == "pretrain" or not (layout.strategy in ("fsdp", "tensor") or trains_from_ram(layout)):
+    if layout.method == "pretrain" or not (layout.strategy in ("fsdp", "tensor", "zero3") or trains_from_ram(layout)):
         return False
     return layout.method == "full" or _starts_alone(lora)
 
@@ -157,6 +157,32 @@ def _packed_experts_are_known(case: Case) -> str | None:
     if case.layout.strategy in EXPERTS_PACKED or case.shape is None or not packs_experts(case.layout.base, case.shape):
         return None
     return tr("Experts in few bits are trained by these strategies: {names}.", names=", ".join(EXPERTS_PACKED))
+
+
+def _experts_take_plain_lora(case: Case) -> str | None:
+    layout, shape, lora = case.layout, case.shape, case.recipe.lora
+    if layout.method not in ("lora", "qlora") or shape is None or not adapts_experts(shape, lora):
+        return None
+    wishes = beyond_experts(lora)
+    return experts_take(wishes) + " " + experts_remedy() if wishes else None
+
+
+def beyond_experts(lora: LoraSection) -> list[str]:
+    """What a recipe wants of adapters that PEFT does not know for experts, whose weights are stacked in one tensor."""
+    init = [f"lora.init={lora.init}"] if lora.init in ("pissa", "olora") else []
+    return init + ["lora.dora=true"] * lora.dora + ["lora.dropout"] * bool(lora.dropout)
+
+
+def experts_take(wishes: list[str]) -> str:
+    """Says so."""
+    return tr(
+        "A mixture's experts lie stacked, and PEFT's adapters for these know no {wishes}.", wishes=", ".join(wishes)
+    )
+
+
+def experts_remedy() -> str:
+    """What can be done about it."""
+    return tr("Leave that out, or adapt the attention alone: --set lora.targets=[q_proj,k_proj,v_proj,o_proj]")
 
 
 def _tensor_needs_whole_weights(case: Case) -> str | None:
@@ -401,6 +427,7 @@ RULES: tuple[Rule, ...] = (
     _pissa_needs_a_whole_base,
     _int8_is_not_sharded,
     _packed_experts_are_known,
+    _experts_take_plain_lora,
     _tensor_needs_whole_weights,
     _tensor_divides_heads,
     _tensor_knows_the_layers,
@@ -475,7 +502,7 @@ def _all_arrangements(count: int, group: int | None) -> Iterator[Arrangement]:
         return
     yield Arrangement("ddp", "", count, count)
     if group is not None and 1 < group < count and count % group == 0:
-        yield from (Arrangement("fsdp", variant, count, count, shards=group) for variant in ("", "grad"))
+        yield from (Arrangement("fsdp", variant, count, count, shards=group) for variant in ("", "grad", "offload"))
     yield from (Arrangement("fsdp", variant, count, count) for variant in ("", "grad", "offload"))
     for stages in (s for s in range(2, count + 1) if count % s == 0):
         yield Arrangement("pipeline", "1f1b", count, count // stages)

@@ -8,6 +8,8 @@ in them, `device_overhead_bytes` and the margin of `choose` stand for those.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from kitaeru.i18n import N_
 from kitaeru.plan import fused
 from kitaeru.plan.activations import (
@@ -113,6 +115,7 @@ def head_in_place(layout: Layout, shape: ModelShape) -> bool:
     return layout.device == "cuda" and compute_bytes(layout) == 2 and not shape.final_softcap
 
 
+@lru_cache(maxsize=1024)
 def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[int, int]:
     """What is held for a moment beside what is kept, at the peak: in the last norm's backward pass, and in a layer's.
 
@@ -223,6 +226,11 @@ def memory_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[st
 
 def stored_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str, int]:
     """What stays from step to step: weights, adapter, optimizer, what libraries hold."""
+    return dict(_stored_items(layout.of_one_device, shape, setting))
+
+
+@lru_cache(maxsize=1024)
+def _stored_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[str, int]:
     weights, scales = weight_bytes(layout, shape)
     adapter = 0 if trains_all(layout) else 4 * adapter_parameters(shape, setting.lora)
     optimizer = optimizer_bytes(setting.optimizer, layout, shape, setting.lora)
@@ -245,6 +253,7 @@ def moments(
     `sets` micro-batches are kept at once (a pipeline's early stages keep several); a part of a model without the output
     `head` has no moment of its own for it.
     """
+    layout = layout.of_one_device
     gradients = 4 * trained_parameters(layout, shape, setting.lora)
     held = gradients if setting.accumulates else 0
     casts = cast_bytes(layout, shape, setting.lora)
@@ -293,8 +302,8 @@ def _step_workspace(layout: Layout, shape: ModelShape, setting: Setting) -> int:
 
 
 def device_overhead_bytes(layout: Layout) -> int:
-    """What a CUDA process takes outside torch's allocator: context and loaded kernels, 806 to 810 MB on an H100 if one
-    layout is trained (880 after fifty in one process). 0 on a CPU.
+    """What a CUDA process takes outside torch's allocator: context and loaded kernels, 806 to 810 MB on an H100 when
+    one layout is trained (880 after fifty in one process). 0 on a CPU.
 
     Several devices have NCCL's channels beside it: 0.1 to 0.4 GB for a communicator, not measured here.
     """

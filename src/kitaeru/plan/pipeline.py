@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B"]
@@ -112,6 +113,18 @@ def in_flight(schedule: str, rank: int, ranks: int, micro_batches: int, chunks: 
     return min(micro_batches * chunks, (ranks - rank - 1) * 2 + (chunks - 1) * ranks + 1)
 
 
+class Move(NamedTuple):
+    """A pass as the simulation works it off: its rank, the place in the list of the pass whose result it takes (-1: it
+    takes none), whether that one is another rank's, whether it goes forward, and its stage.
+    """
+
+    rank: int
+    needed: int
+    handed_over: bool
+    is_forward: bool
+    stage: int
+
+
 def simulate(
     order: Sequence[Sequence[Pass]], forward: Sequence[float], backward: Sequence[float], transfer: float = 0.0
 ) -> Timeline:
@@ -123,32 +136,77 @@ def simulate(
     Raises:
         ValueError: the schedule waits for itself.
     """
-    last, ranks = len(forward) - 1, len(order)
-    done: dict[Pass, float] = {}
-    free, busy, at = [0.0] * ranks, [0.0] * ranks, [0] * ranks
-    left = sum(len(passes) for passes in order)
+    moves = _moves(order, len(forward) - 1)
+    ends = _ends(moves, len(order), forward, backward, transfer)
+    ended: list[list[float]] = [[] for _ in order]
+    busy = [0.0] * len(order)
+    for move, end in zip(moves, ends, strict=True):
+        ended[move.rank].append(end)
+        busy[move.rank] += forward[move.stage] if move.is_forward else backward[move.stage]
+    total = max(ends, default=0.0)
+    idle = tuple(1 - used / total if total else 0.0 for used in busy)
+    return Timeline(total, idle, tuple(tuple(zip(*rank, strict=True)) for rank in zip(order, ended, strict=True)))
+
+
+def schedule_seconds(
+    schedule: str,
+    ranks: int,
+    micro_batches: int,
+    chunks: int,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    transfer: float,
+) -> float:
+    """Seconds from the first pass to the last: `simulate(orders(…), …).seconds`, of which a planner asks often."""
+    return max(
+        _ends(_moves_of(schedule, ranks, micro_batches, chunks), ranks, forward, backward, transfer), default=0.0
+    )
+
+
+@lru_cache(maxsize=256)
+def _moves_of(schedule: str, ranks: int, micro_batches: int, chunks: int) -> list[Move]:
+    return _moves(orders(schedule, ranks, micro_batches, chunks), ranks * chunks - 1)
+
+
+def _moves(order: Sequence[Sequence[Pass]], last: int) -> list[Move]:
+    """All ranks' passes, each behind what it needs: which that is depends on no times."""
+    ranks = len(order)
+    moves: list[Move] = []
+    place: dict[Pass, int] = {}
+    at, left = [0] * ranks, sum(len(passes) for passes in order)
     while left:
         before = left
         for rank, passes in enumerate(order):
             while at[rank] < len(passes):
                 now = passes[at[rank]]
                 needed = _needs(now, last)
-                if needed is not None and needed not in done:
+                if needed is not None and needed not in place:
                     break
-                arrived = 0.0
-                if needed is not None:
-                    arrived = done[needed] + (transfer if needed.stage % ranks != rank else 0.0)
-                seconds = forward[now.stage] if now.kind == "F" else backward[now.stage]
-                free[rank] = max(free[rank], arrived) + seconds
-                busy[rank] += seconds
-                done[now] = free[rank]
+                found = -1 if needed is None else place[needed]
+                handed_over = needed is not None and needed.stage % ranks != rank
+                place[now] = len(moves)
+                moves.append(Move(rank, found, handed_over, now.kind == "F", now.stage))
                 at[rank] += 1
                 left -= 1
         if left == before:
             raise ValueError("the schedule waits for itself")
-    total = max(free)
-    ended = tuple(tuple((now, done[now]) for now in passes) for passes in order)
-    return Timeline(total, tuple(1 - used / total if total else 0.0 for used in busy), ended)
+    return moves
+
+
+def _ends(
+    moves: Sequence[Move], ranks: int, forward: Sequence[float], backward: Sequence[float], transfer: float
+) -> list[float]:
+    """When each move ends: it starts when its rank is free and what it needs has arrived."""
+    free = [0.0] * ranks
+    ends: list[float] = []
+    for rank, needed, handed_over, is_forward, stage in moves:
+        start = free[rank]
+        if needed >= 0:
+            arrived = ends[needed] + transfer if handed_over else ends[needed]
+            start = max(start, arrived)
+        free[rank] = end = start + (forward[stage] if is_forward else backward[stage])
+        ends.append(end)
+    return ends
 
 
 def _needs(now: Pass, last: int) -> Pass | None:
@@ -168,7 +226,9 @@ def balanced_cuts(layers: int, layer_seconds: Sequence[float], extra_seconds: Se
     ((17, 15), (24, 8))
     """
     cuts = [1] * len(layer_seconds)
+    after = [2 * t + e for t, e in zip(layer_seconds, extra_seconds, strict=True)]
     for _ in range(layers - len(cuts)):
-        after = [(n + 1) * t + e for n, t, e in zip(cuts, layer_seconds, extra_seconds, strict=True)]
-        cuts[after.index(min(after))] += 1
+        least = after.index(min(after))
+        cuts[least] += 1
+        after[least] = (cuts[least] + 1) * layer_seconds[least] + extra_seconds[least]
     return tuple(cuts)

@@ -8,6 +8,7 @@ ZeRO divide what is stored and gather the weights of the layers at work. Single-
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from kitaeru.plan.activations import one_layer_bytes
 from kitaeru.plan.deepspeed import BUCKET_NUMBERS
@@ -65,6 +66,7 @@ def part_of(layout: Layout, shape: ModelShape, rank: int, micro_batches: int) ->
     return Part(_shortened(shape, layers, first, last), last, sets)
 
 
+@lru_cache(maxsize=64)
 def _narrowed(shape: ModelShape, ranks: int) -> ModelShape:
     return replace(
         shape,
@@ -76,6 +78,7 @@ def _narrowed(shape: ModelShape, ranks: int) -> ModelShape:
     )
 
 
+@lru_cache(maxsize=1024)
 def _shortened(shape: ModelShape, layers: int, first: bool, last: bool) -> ModelShape:
     """A stage as a model: its layers, and the input table on the first, the output table on the last."""
     return replace(
@@ -202,9 +205,9 @@ def gathered_bytes(layout: Layout, shape: ModelShape) -> int:
 def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, micro_batches: int) -> dict[str, int]:
     """Peak of allocated bytes of one rank in each phase of a run (`PHASES`).
 
-    Loading: what is stored, and one weight in 16 bits while it is packed; with fsdp and tensor also the layer that is
-    being cut and the next one, whole. First step: as a steady one, but the optimizer has no state before its step.
-    Evaluation: a forward pass that keeps nothing. Saving: what is stored, and one layer gathered.
+    Loading: what is stored, and one weight in 16 bits while it is packed; with fsdp, zero3 and tensor also the layer
+    that is being cut and the next one, whole. First step: as a steady one, but the optimizer has no state before its
+    step. Evaluation: a forward pass that keeps nothing. Saving: what is stored, and one layer gathered.
     """
     every = rank_moments(layout, shape, setting, rank, micro_batches)
     part = part_of(layout, shape, rank, micro_batches)
@@ -219,7 +222,7 @@ def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, 
     gathered = max(moment.get("gathered", 0) for moment in every)
     if trains_from_ram(layout):  # a layer is read in 32 bits, and the next one
         packed += LAYERS_GATHERED * layer_weight_bytes(layout, shape)[0]
-    elif layout.strategy == "fsdp":
+    elif layout.strategy in SHARDED:
         packed += gathered_bytes(replace(layout, variant=""), shape)
     elif layout.strategy == "tensor":
         packed += LAYERS_GATHERED * layer_weight_bytes(layout, shape)[0]

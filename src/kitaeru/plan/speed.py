@@ -7,9 +7,11 @@ Pipelines are simulated. Every step is priced at likely, low and high rates, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import N_
@@ -18,7 +20,7 @@ from kitaeru.plan.activations import offloaded_bytes
 from kitaeru.plan.calibrate import AttentionKind, Profile
 from kitaeru.plan.from_ram import Traffic, layer_seconds, step_seconds
 from kitaeru.plan.layouts import DISK, SHARDED, ZERO
-from kitaeru.plan.pipeline import balanced_cuts, orders, simulate
+from kitaeru.plan.pipeline import balanced_cuts, schedule_seconds
 from kitaeru.plan.ranks import layer_weight_bytes, part_of
 from kitaeru.plan.rates import LinkRates, Rates, cpu_rates, device_rates, link_rates
 from kitaeru.plan.stored import Setting, compute_bytes, residual_bytes, trained_parameters, trains_all, trains_from_ram
@@ -39,6 +41,8 @@ UNHIDDEN = 0.15
 SIMULATED = 48
 # What one NVMe disk gives in large pieces; a layer read a moment ago comes from RAM where there is room, and faster.
 DISK_BYTES_S = 2e9
+# Sums of what lies in RAM go through gloo on the host's processors, one process on one core: assumed, not measured.
+GLOO_BYTES_S = 1e9
 
 PARTS: dict[str, str] = {
     "matrix_products": N_("matrix products"),
@@ -121,7 +125,8 @@ class Took:
     @property
     def seconds(self) -> float:
         """Seconds it takes, host and device together."""
-        return max(self.device, self.host) + UNHIDDEN * min(self.device, self.host)
+        device = self.device
+        return max(device, self.host) + UNHIDDEN * min(device, self.host)
 
     def __add__(self, other: Took) -> Took:
         return Took(
@@ -161,10 +166,19 @@ class Layer:
     backward: Took
     head: Took
 
+    @cached_property
+    def both_seconds(self) -> float:
+        """Seconds of the layer, forward and backward."""
+        return (self.forward + self.backward).seconds
 
-@lru_cache(maxsize=512)
+
 def layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, *, head: bool = True) -> Layer:
     """What one layer (and the head) takes; `layout.micro_batch_tokens` is what a micro-batch really holds."""
+    return _layer_on(layout.of_one_device, shape, load, rates, head)
+
+
+@lru_cache(maxsize=512)
+def _layer_on(layout: Layout, shape: ModelShape, load: Load, rates: Rates, head: bool) -> Layer:
     tokens = layout.micro_batch_tokens
     inner = [(linear.count * linear.weights, linear.weights**0.5) for linear in shape.linears()]
     table = shape.vocab * shape.hidden
@@ -196,7 +210,7 @@ def cuts_for(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> tuple[i
     layers, extra = [], []
     for stage in range(stages):
         layer = layer_on(layout, shape, load, at.devices[stage % layout.ranks_per_replica], head=stage == stages - 1)
-        layers.append((layer.forward + layer.backward).seconds)
+        layers.append(layer.both_seconds)
         extra.append(layer.head.seconds)
     return balanced_cuts(shape.layers, layers, extra)
 
@@ -309,8 +323,10 @@ def _activation_waits(
 
 
 def _traffic(layout: Layout, at: Pace, rates: Rates) -> Traffic:
-    """What copies run at: all devices' at once share the host's memory."""
-    return Traffic(min(rates.host_copy, rates.host_memory / layout.devices), rates.host_memory, at.within.bytes_s)
+    """What copies run at: all devices' at once share the host's memory, as do several copies of the model in it."""
+    models = max(1, layout.devices // layout.shared_by // at.hosts)
+    each = rates.host_memory / -(-layout.devices // at.hosts)
+    return Traffic(min(rates.host_copy, each), rates.host_memory / models, at.within.bytes_s)
 
 
 def _end_of_step(
@@ -322,7 +338,8 @@ def _end_of_step(
         return _end_of_tensor_step(layout, shape, load, at, trained, rates)
     if trains_from_ram(layout):
         updating, tables = step_seconds(layout, shape, load.setting, _traffic(layout, at, rates))
-        return {"optimizer": updating, "offload": tables}, {}
+        added = _over_copies(layout, at, trained, GLOO_BYTES_S) if layout.shards else 0.0
+        return {"optimizer": updating, "offload": tables}, {"communication": _hidden(added, 0.5 * micro)}
     moved = optimizer_bytes_moved(layout, trained, load.setting.optimizer)
     if layout.variant.startswith("offload") and trains_all(layout):
         updated = 4 * trained / layout.devices / rates.host_copy
@@ -336,12 +353,16 @@ def _end_of_step(
         gather = (layout.devices - 1) / layout.devices * 4 * trained / at.link.bytes_s
         reduced = _all_reduce(layout, at, 4 * trained) if layout.strategy == "zero1" else 0.0
         return ending, {"communication": gather + _hidden(reduced, 0.5 * micro)}
-    if layout.shards:  # each piece of the gradients is added up over the copies, behind the last backward pass
-        copies = replace(layout, devices=layout.devices // layout.shards)
-        at_once = layout.shards if at.hosts > 1 else 1  # all pieces go through a host's one network
-        added = _all_reduce(copies, at, 4 * trained / layout.shards * at_once)
-        return ending, {"communication": _hidden(added, 0.5 * micro)}
+    if layout.shards:
+        return ending, {"communication": _hidden(_over_copies(layout, at, trained), 0.5 * micro)}
     return ending, {}
+
+
+def _over_copies(layout: Layout, at: Pace, trained: float, most: float = math.inf) -> float:
+    """Seconds to add up each piece of the gradients over the copies, behind the last backward pass; `most` bytes/s."""
+    at_once = layout.shards if at.hosts > 1 else 1  # all pieces go through a host's one network
+    link = replace(at.link, bytes_s=min(at.link.bytes_s, most * at_once))
+    return _sum_seconds(layout.devices // layout.shards, link, 4 * trained / layout.shards * at_once)
 
 
 def _end_of_tensor_step(
@@ -374,23 +395,41 @@ def _sum_seconds(devices: int, link: LinkRates, size: float) -> float:
     return 2 * (devices - 1) / devices * size / link.bytes_s + link.latency
 
 
+class _Stage(NamedTuple):
+    """What a stage takes for one micro-batch."""
+
+    forward: float
+    backward: float
+    device: float
+    host: float
+    both: Took
+
+
+def _stage(layer: Layer, layers: int, rates: Rates, stages: int) -> _Stage:
+    ahead = layer.forward.times(layers) + layer.head
+    ahead = Took(ahead.parts, ahead.host + rates.micro_batch / stages)
+    back = layer.backward.times(layers)
+    return _Stage(ahead.seconds, back.seconds, ahead.device + back.device, ahead.host + back.host, ahead + back)
+
+
 def _staged(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) -> Step:
     """A model cut into stages; replicas of a pipeline go side by side and add up their gradients at the end."""
     ranks = layout.ranks_per_replica
     slowest = [min(at.devices[rank::ranks], key=lambda rates: rates.gemm) for rank in range(ranks)]
     stages = len(layout.cuts)
     forward, backward, busy, found, launched = [], [], [0.0] * ranks, [NOTHING] * ranks, 0.0
+    known: dict[tuple[Rates, int, bool], _Stage] = {}
     for stage, layers in enumerate(layout.cuts):
         rank = stage % ranks
-        layer = layer_on(layout, shape, load, slowest[rank], head=stage == stages - 1)
-        ahead = layer.forward.times(layers) + layer.head
-        ahead = Took(ahead.parts, ahead.host + slowest[rank].micro_batch / stages)
-        back = layer.backward.times(layers)
-        forward.append(ahead.seconds)
-        backward.append(back.seconds)
-        busy[rank] += count * (ahead.device + back.device)
-        found[rank] += ahead + back
-        launched += ahead.host + back.host
+        key = (slowest[rank], layers, stage == stages - 1)
+        if key not in known:
+            known[key] = _stage(layer_on(layout, shape, load, key[0], head=key[2]), layers, key[0], stages)
+        one = known[key]
+        forward.append(one.forward)
+        backward.append(one.backward)
+        busy[rank] += count * one.device
+        found[rank] += one.both
+        launched += one.host
     sent = residual_bytes(layout) * layout.micro_batch_tokens * shape.hidden / at.link.bytes_s + at.link.latency
     seconds = _stages_seconds(layout, forward, backward, sent, count)
     if layout.strategy == "model_parallel":  # one process launches for all devices
@@ -419,7 +458,7 @@ def _stages_seconds(
     """From the first forward to the last backward pass of a step."""
     ranks = layout.ranks_per_replica
     simulated = min(count, SIMULATED // ranks * ranks)
-    seconds = simulate(orders(layout.variant, ranks, simulated, layout.chunks), forward, backward, sent).seconds
+    seconds = schedule_seconds(layout.variant, ranks, simulated, layout.chunks, forward, backward, sent)
     beat = max(sum(forward[r::ranks]) + sum(backward[r::ranks]) for r in range(ranks))
     return seconds + (count - simulated) * beat
 

@@ -55,7 +55,7 @@ def residual_bytes(layout: Layout) -> int:
     return 4 if trains_all(layout) else compute_bytes(layout)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def adapted(shape: ModelShape, lora: LoraSection) -> tuple[Linear, ...]:
     """The linear layers that get an adapter."""
     if "all-linear" in lora.targets:
@@ -102,7 +102,7 @@ def saved_whole(shape: ModelShape, lora: LoraSection) -> int:
     return count * shape.vocab * shape.hidden
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def adapter_parameters(shape: ModelShape, lora: LoraSection) -> int:
     """Parameters of the adapter: r x (inputs + outputs) for each adapted layer, DoRA's magnitudes, whole modules.
 
@@ -149,7 +149,7 @@ def weight_bytes(layout: Layout, shape: ModelShape) -> tuple[int, int]:
     return _stored(layout.base, width, shape)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _stored(base: Base, width: int, shape: ModelShape) -> tuple[int, int]:
     if base == "none":
         return shape.parameters() * width, 0

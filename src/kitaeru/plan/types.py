@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +70,15 @@ class Layout:
     def of_again(self) -> Layout:
         """The same with every layer as those are that are computed again."""
         return replace(self, recomputed=0, activations="recompute") if self.recomputed else self
+
+    @cached_property
+    def of_one_device(self) -> Layout:
+        """What of it a layer's bytes and work depend on, whichever device has it: alike in that they cost the same."""
+        return Layout(
+            "single", self.method, self.base, self.precision, self.activations, self.micro_batch_tokens, self.device,
+            variant=self.variant if self.strategy == "single" else "",
+            arithmetic=self.arithmetic, recomputed=self.recomputed,
+        )  # fmt: skip
 
     @property
     def policy(self) -> str:

@@ -1,4 +1,4 @@
-"""What products in 8 bits cost in loss is seen before training, and what costs too much is computed in 16."""
+"""What products in 8 bits cost in loss and gradient is seen before training; what costs too much is done in 16."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kitaeru.engine import eight_bits
-from kitaeru.engine.eight_bits import MOST, settle_eight_bits
+from kitaeru.engine.eight_bits import LEAST, MOST, Compared, settle_eight_bits
 from kitaeru.plan.types import Decision
 
 SITES = ("qkv", "out", "both", "down")
@@ -27,10 +27,18 @@ def made(training, bundled, chat_data, tmp_path):
 
 
 def spoil(trainee, module, by):
-    """Make one channel of what `module` reads larger, and its weights for it smaller: the same function, exactly."""
+    """Make one channel of what `module` reads larger, and its weights for it smaller: the same function, exactly. Of
+    "k_proj" make a pair of its results larger, and smaller those of the queries that meet them.
+    """
     for layer in trainee.causal_lm.model.layers:
         with torch.no_grad():
-            if module == "down_proj":
+            if module == "k_proj":
+                q, k = (
+                    getattr(layer.self_attn, name).base_layer.weight.view(-1, 64, 256) for name in ("q_proj", module)
+                )
+                k[0, [5, 37]] *= by
+                q[:2, [5, 37]] /= by
+            elif module == "down_proj":
                 layer.mlp.up_proj.base_layer.weight[5] *= by
                 layer.mlp.down_proj.base_layer.weight[:, 5] /= by
             else:
@@ -54,6 +62,7 @@ def test_what_costs_nothing_stays(made):
     said = run.notices[-1]
     assert said.level == "info"
     assert "Products in 8 bits change the loss by" in said.text
+    assert "cosine of the gradients 1.000, size 1.00" in said.text
 
 
 @pytest.mark.parametrize(("module", "wide"), [("down_proj", ("down",)), ("q_proj", ("down", "qkv"))])
@@ -76,10 +85,70 @@ def test_what_costs_too_much_is_computed_in_16_bits(made, module, wide):
     assert run.run() == "finished"
 
 
+def test_what_costs_too_much_in_the_gradient_alone_is_found(made, monkeypatch):
+    """Keys that are large where queries are small: forward nothing is lost, and on the way back a row of the incoming
+    gradient has one number that leaves the others no bits.
+    """
+    run = made(decided=True)
+    spoil(run.trainee, "k_proj", 1e4)
+    seen = []
+    near = Compared.near.fget
+    monkeypatch.setattr(Compared, "near", property(lambda self: (seen.append(self), near(self))[1]))
+    weights = {name: value.clone() for name, value in run.trainee.model.state_dict().items()}
+    torch.manual_seed(7)
+    settle_eight_bits(run.loop)
+    drawn = torch.rand(3)
+    assert kinds(run.trainee) == {site: {"16bit" if site in ("down", "qkv") else "int8"} for site in SITES}
+    nothing, down, qkv = seen[:3]
+    assert all(abs(found.shift) <= MOST for found in seen)
+    assert max(nothing.cosine, down.cosine) < LEAST < qkv.cosine
+    assert "so they are computed" in run.notices[-1].text
+    # Nothing else is left of it.
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(7)))
+    assert all(torch.equal(value, weights[name]) for name, value in run.trainee.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.trainee.model.parameters())
+    assert not run.trainee.optimizer.state
+    assert not run.trainee.causal_lm.is_gradient_checkpointing
+
+
+def test_the_angle_is_that_of_the_gradients(made):
+    """Against both gradients taken by hand, with an adapter that has begun to learn."""
+    run = made(decided=True)
+    trainee, loop = run.trainee, run.loop
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trainee.named:
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    spoil(trainee, "k_proj", 300.0)
+    batches = loop._split(list(range(6)))
+    compared = eight_bits._Gradients(loop, batches)
+
+    def by_hand(on):
+        for layer in trainee.fused:
+            layer.on = on
+        loop._gradients(batches, batches.trained_tokens, 0)
+        found = torch.cat([p.grad.flatten().double() for _, p in trainee.named])
+        trainee.optimizer.zero_grad()
+        return found
+
+    own, eight = by_hand(False), by_hand(True)
+    for layer in trainee.fused:
+        layer.on = False
+    compared.keep_own()
+    for layer in trainee.fused:
+        layer.on = True
+    cosine, length = compared.compare()
+    assert cosine == pytest.approx(float(torch.cosine_similarity(own, eight, 0)), abs=1e-5)
+    assert length == pytest.approx(float(eight.norm() / own.norm()), rel=1e-5)
+    assert cosine < 0.999
+
+
 def test_of_examples_longer_than_what_is_looked_at_only_the_end_is(made, monkeypatch):
     run = made(decided=True)
     longest = int(run.loop.train.lengths.max())
-    monkeypatch.setattr(eight_bits, "TOKENS", longest // 2)
+    for name in ("TOKENS", "AT_ONCE"):
+        monkeypatch.setattr(eight_bits, name, longest // 2)
     seen = []
     run.trainee.causal_lm.model.register_forward_pre_hook(
         lambda _, __, options: seen.append(options["input_ids"].numel()), with_kwargs=True

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.adapter import outer, outer_reference, project, project_reference
-from kitaeru.kernels.frozen import Stored, expand, expand_reference, scales_of
+from kitaeru.kernels.adapter import Share, Shares, gradients, gradients_reference, project, project_reference
+from kitaeru.kernels.frozen import Stored, Weights, expand, expand_reference, scales_of
 from kitaeru.kernels.product import product, product_reference
 from kitaeru.kernels.rows import Arithmetic, round_rows, storage
 from kitaeru.plan.fused import extra_columns
@@ -35,12 +35,14 @@ def int8(weight: Tensor) -> Stored:
     return Stored("int8", (weight.shape[0], weight.shape[1]), data, absmax)
 
 
-def stored(kind: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Stored]:
-    """Two weights that read the same input of 192."""
-    weights = [draw(n, 192, seed=n, device=device, dtype=dtype) * 0.03 for n in (128, 64)]
+def stored(
+    kind: str, device: str = "cpu", dtype: torch.dtype = torch.float32, outputs: tuple[int, ...] = (128, 64)
+) -> Weights:
+    """Weights that read the same input of 192."""
+    weights = [draw(n, 192, seed=n, device=device, dtype=dtype) * 0.03 for n in outputs]
     make = {"16bit": lambda w: Stored("16bit", tuple(w.shape), w), "int8": int8, "nf4": nf4,
             "nf4 plain": lambda w: nf4(w, nested=False)}[kind]  # fmt: skip
-    return [make(w) for w in weights]
+    return Weights(tuple(make(w) for w in weights))
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -57,7 +59,7 @@ def test_one_product_gives_base_and_adapter(arithmetic: Arithmetic, kind: str, t
     weights = stored(kind)
     dtype, rank = storage(arithmetic, torch.float32), 8
     extra = extra_columns(arithmetic, rank)
-    whole = torch.cat([w.values() for w in weights])
+    whole = torch.cat([w.values() for w in weights.each])
     whole = whole.T if transposed else whole
     p, adapter = 0.1 * draw(rank, whole.shape[1], seed=1), 0.02 * draw(len(whole), rank, seed=2)
     x = draw(7, whole.shape[1], seed=3)
@@ -76,11 +78,32 @@ def test_one_product_gives_base_and_adapter(arithmetic: Arithmetic, kind: str, t
     assert apart(got - without, (x @ p.T) @ adapter.T) < bound
 
 
+THREE = Shares((Share(0, 4, 0, 128, 2.0), Share(4, 6, 128, 64, 0.5), Share(10, 2, 256, 192, 1.0)))
+SHARES = (THREE, Shares((Share(0, 12, 64, 128, 1.5),)), Shares((Share(0, 1, 0, 128, 1.0), Share(1, 16, 192, 256, 2.0))))
+
+
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-def test_gradients_of_an_adapter_are_outer_products(arithmetic: Arithmetic) -> None:
-    p, x = draw(50, 6), draw(50, 96, seed=1)
-    rows = round_rows(x, storage(arithmetic, torch.float32), 16)
-    assert apart(outer(p, rows), p.T @ x) < {"16bit": 1e-6, "fp8": 0.04, "int8": 0.02}[arithmetic]
+@pytest.mark.parametrize("shares", SHARES)
+def test_gradients_of_adapters_are_outer_products(arithmetic: Arithmetic, shares: Shares) -> None:
+    dtype = storage(arithmetic, torch.float32)
+    thin, dthin = draw(50, shares.rank), draw(50, shares.rank, seed=1)
+    x, dy = draw(50, 192, seed=2), draw(50, 448, seed=3)
+    found = gradients(round_rows(x, dtype, 16), thin, dthin, round_rows(dy, dtype, 16), shares)
+    for share, (of_a, of_b) in zip(shares.each, found, strict=True):
+        rank, columns = slice(share.row, share.row + share.rank), slice(share.column, share.column + share.outputs)
+        bound = {"16bit": 1e-6, "fp8": 0.04, "int8": 0.02}[arithmetic]
+        assert apart(of_a, dthin[:, rank].T @ x) < bound
+        assert apart(of_b, share.scaling * dy[:, columns].T @ thin[:, rank]) < bound
+
+
+@pytest.mark.parametrize("kinds", [["nf4"] * 5, ["nf4", "16bit", "nf4"], ["nf4", "nf4 plain"], ["16bit"] * 2])
+def test_weights_are_grouped_by_how_they_are_stored(kinds: list[str]) -> None:
+    weights = Weights(tuple(weight for kind in kinds for weight in stored(kind, outputs=(64,)).each))
+    assert [m for group in weights.groups for m in group.members] == list(weights.each)
+    for group in weights.groups:
+        assert len(group.members) <= 3
+        assert len({(m.kind, m.absmax is not None and m.absmax.dtype) for m in group.members}) == 1
+    assert sum(group.outputs for group in weights.groups) == weights.shape[0] == 64 * len(kinds)
 
 
 @pytest.mark.gpu
@@ -88,15 +111,18 @@ def test_gradients_of_an_adapter_are_outer_products(arithmetic: Arithmetic) -> N
 @pytest.mark.parametrize("kind", ["16bit", "int8", "nf4", "nf4 plain"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rank", [8, 12, 48])
-def test_triton_expands_as_the_reference(arithmetic: Arithmetic, kind: str, transposed: bool, rank: int) -> None:
-    weights = stored(kind, "cuda", torch.bfloat16)
+@pytest.mark.parametrize("outputs", [(128,), (128, 64), (64, 192, 128), (64,) * 4])
+def test_triton_expands_as_the_reference(
+    arithmetic: Arithmetic, kind: str, transposed: bool, rank: int, outputs: tuple[int, ...]
+) -> None:
+    weights = stored(kind, "cuda", torch.bfloat16, outputs)
     dtype = storage(arithmetic, torch.bfloat16)
     scale = scales_of(weights, dtype)
     by = scale.backward if transposed else scale.forward
-    adapter = 0.02 * draw(192, rank, seed=2, device="cuda", dtype=torch.bfloat16)
+    adapter = 0.02 * draw(192 if transposed else sum(outputs), rank, seed=2, device="cuda", dtype=torch.bfloat16)
     extra = extra_columns(arithmetic, rank)
     ours, theirs = (f(weights, by, adapter, extra, dtype, transposed=transposed) for f in (expand, expand_reference))
-    assert apart(ours.float(), theirs.float()) < (0.01 if arithmetic == "int8" else 0.006)
+    assert apart(ours.float(), theirs.float()) < 0.006
     if extra:
         width = ours.shape[1] - extra
         assert apart(ours[:, width:].float(), theirs[:, width:].float()) < 0.006
@@ -113,7 +139,24 @@ def test_triton_thin_products_are_the_references(arithmetic: Arithmetic, tokens:
     thin, expected = project(ours, p), project_reference(theirs, p)
     assert apart(thin, expected) < 5e-3
     assert apart(ours.data[:, width:].float(), theirs.data[:, width:].float()) < 0.02
-    assert apart(outer(expected, ours), outer_reference(expected, theirs)) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("tokens", [333, 4096])
+@pytest.mark.parametrize("shares", SHARES)
+def test_triton_sums_gradients_as_the_reference(arithmetic: Arithmetic, tokens: int, shares: Shares) -> None:
+    dtype = storage(arithmetic, torch.bfloat16)
+    thin, dthin, x, dy = (
+        draw(tokens, width, seed=width, device="cuda", dtype=torch.bfloat16)
+        for width in (shares.rank, shares.rank, 1344, 448)
+    )
+    for before in (torch.bfloat16, dtype):  # the attention's output is not rounded
+        rows = (round_rows(x, before), thin, dthin, round_rows(dy, dtype, 16), shares)
+        for _ in range(2):  # the second launch is the short one
+            for ours, theirs in zip(gradients(*rows), gradients_reference(*rows), strict=True):
+                assert apart(ours[0], theirs[0]) < 5e-3
+                assert apart(ours[1], theirs[1]) < 5e-3
 
 
 @pytest.mark.gpu

@@ -61,6 +61,21 @@ def test_norm_and_its_backward_are_autograds() -> None:
     assert apart(dx, expected) < 1e-5
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(FP8, 0.08), (torch.int8, 0.13)])
+def test_a_weight_of_nearly_nought_does_not_make_rounding_large(dtype: torch.dtype, bound: float) -> None:
+    """As real models have them: some channels of the norm's weight are a thousandth of the rest, and less."""
+    x, up = draw(64, 256), draw(64, 256, seed=1)
+    weight = 1 + 0.1 * draw(256, seed=2)
+    weight[::16] = torch.logspace(-6, -2, 16)
+    up += 0.5 * x * weight  # not at right angles to the result, as a gradient at random is
+    along = torch.zeros_like(x)
+    exact = norm_reference(x, None, weight, 1e-5, torch.float32, 0)
+    rounded = norm_reference(x, None, weight, 1e-5, dtype, 0)
+    expected, _ = norm_backward_reference(up, *exact[1:], weight, along, None, 0)
+    found, _ = norm_backward_reference(up, *rounded[1:], weight, along, None, 0)
+    assert apart(found, expected) < bound
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gated_and_its_backward_are_autograds(activation: str) -> None:
     both, up = draw(5, 128), draw(5, 64, seed=1)
@@ -81,9 +96,11 @@ def angles(tokens: int, size: int, device: str = "cpu", dtype: torch.dtype = tor
     return turns.cos().to(device, dtype), turns.sin().to(device, dtype)
 
 
-def heads_of(normed: bool, device: str = "cpu", dtype: torch.dtype = torch.float32, query: int = 4) -> Heads:
-    weights = [1 + 0.3 * draw(32, seed=s).to(device, dtype) for s in (7, 8)] if normed else [None, None]
-    return Heads(query, 2, 32, *weights)
+def heads_of(
+    normed: bool, device: str = "cpu", dtype: torch.dtype = torch.float32, query: int = 4, size: int = 32
+) -> Heads:
+    weights = [1 + 0.3 * draw(size, seed=s).to(device, dtype) for s in (7, 8)] if normed else [None, None]
+    return Heads(query, 2, size, *weights)
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -114,17 +131,17 @@ ARITHMETICS: tuple[Arithmetic, ...] = ("16bit", "fp8", "int8")
 
 
 def same_rows(ours: Rows, theirs: Rows) -> None:
-    """Equal but for values that lie on the border between two roundings; to be turned, kernels read numbers in bf16."""
+    """Equal but for values that lie on the border between two roundings."""
     assert ours.turned == theirs.turned
     if theirs.scale is not None:
         assert ours.scale is not None
         assert apart(ours.scale, theirs.scale) < 1e-3
-    assert apart(ours.values, theirs.values) < (0.01 if theirs.turned else 0.006 if theirs.scale is not None else 0.004)
+    assert apart(ours.values, theirs.values) < (0.006 if theirs.scale is not None else 0.004)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("width", [4096, 1344, 14336])
+@pytest.mark.parametrize("width", [4096, 192, 1344, 14336])
 def test_triton_rounds_as_the_reference(arithmetic: Arithmetic, width: int) -> None:
     x = draw(37, width, dtype=torch.bfloat16, device="cuda")
     dtype = storage(arithmetic, torch.bfloat16)
@@ -176,10 +193,12 @@ def test_triton_gated_is_the_reference(arithmetic: Arithmetic, activation: str, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("normed", [False, True])
-def test_triton_rotation_is_the_reference(arithmetic: Arithmetic, normed: bool) -> None:
-    heads = heads_of(normed, "cuda", torch.bfloat16, query=6)
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_triton_rotation_is_the_reference(arithmetic: Arithmetic, normed: bool, size: int) -> None:
+    """Heads smaller than what is turned at a time, as large, and larger."""
+    heads = heads_of(normed, "cuda", torch.bfloat16, query=6, size=size)
     qkv = draw(23, heads.width, dtype=torch.bfloat16, device="cuda")
-    cos, sin = angles(23, 32, "cuda", torch.bfloat16)
+    cos, sin = angles(23, size, "cuda", torch.bfloat16)
     ours, theirs = qkv.clone(), qkv.clone()
     inverse, expected = rotate(ours, cos, sin, heads), rotate_reference(theirs, cos, sin, heads)
     assert apart(ours, theirs) < 5e-3

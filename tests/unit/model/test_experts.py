@@ -177,3 +177,28 @@ def test_a_long_answer_step_by_step_is_the_whole_one(folder: Any) -> None:
         made = model.generate(IDS[:1, 1:5], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
         whole = model(input_ids=made).logits.argmax(-1)
     assert made[0, 4:].tolist() == whole[0, 3:-1].tolist()
+
+
+WISHES: list[dict[str, Any]] = [{"init": "pissa"}, {"init": "olora"}, {"dora": True}, {"dropout": 0.1}]
+
+
+@pytest.mark.parametrize("base", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_experts_take_plain_lora(folder: Any, kind: str, base: Any) -> None:
+    """Every way to start that a recipe knows: it works, or says what does not and what to do."""
+    ids = torch.arange(4, 20)[None]
+    for plain in ({}, {"init": "gaussian"}, {"rslora": True}):
+        model = load(folder(kind), base).requires_grad_(False).eval()
+        before = model(ids).logits
+        torch.testing.assert_close(add_adapter(model, LoraSection(r=4, **plain), 0)(ids).logits, before)
+    for wish in WISHES:
+        model = load(folder(kind), base).requires_grad_(False).eval()
+        with pytest.raises(ModelError, match="stacked") as caught:
+            add_adapter(model, LoraSection(r=4, **wish), 0)
+        assert next(iter(wish)) in str(caught.value)
+        assert "lora.targets=[q_proj" in str(caught.value)
+        if base == "none":  # as it says, the attention alone takes all of them
+            model = load(folder(kind), base).requires_grad_(False).eval()
+            before = model(ids).logits
+            adapted = add_adapter(model, LoraSection(r=4, targets=("q_proj", "o_proj"), **wish), 0).eval()
+            torch.testing.assert_close(adapted(ids).logits, before, rtol=1e-4, atol=1e-5)

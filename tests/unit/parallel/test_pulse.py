@@ -28,7 +28,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pulse, Pulse, list[L
         one.stop()
 
 
-def wait_for(seen: list[Lost], seconds: float = 3.0) -> Lost:
+def wait_for(seen: list[Lost], seconds: float = 30.0) -> Lost:
     end = time.monotonic() + seconds
     while not seen and time.monotonic() < end:
         time.sleep(0.01)

@@ -274,6 +274,9 @@ def test_fsdp_is_pinned_by_variant_and_split() -> None:
     made = plan(on=four, **pinned, limits={"variant": "offload"})
     assert made.layout.way == "fsdp-offload"
     assert any("lies in RAM" in sentence for sentence in made.chosen.why)
+    both = {"split_over": 2, "variant": "offload"}
+    assert plan(on=four, **pinned, limits=both).layout.way == "fsdp-offload-2x2"
+    assert plan(on=four, strategy="fsdp", method="full", limits=both).layout.way == "fsdp-offload-2x2"
     with pytest.raises(PlanError, match="groups of 3"):
         plan(on=four, **pinned, limits={"split_over": 3})
     with pytest.raises(PlanError, match="gpipe"):

@@ -87,6 +87,8 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     ({"arithmetic": "fp8"}, {}, A5000, "8.9", {}),
     ({"strategy": "zero2", "devices": 2, "base": "nf4"}, {}, A5000, "in few bits",
      {"shape": replace(LLAMA, family="mixtral", experts=8, expert_intermediate=64)}),
+    ({}, {"lora": {"init": "olora"}}, A5000, "stacked, and PEFT's adapters for these know no lora.init=olora",
+     {"shape": replace(LLAMA, family="mixtral", experts=8, expert_intermediate=64)}),
     ({"strategy": "zero3", "devices": 2, "base": "nf4"}, {}, A5000, "bytes", {}),
     ({"strategy": "zero3", "devices": 2}, {"lora": {"targets": ["embed_tokens"]}}, A5000, "of an embedding", {}),
     ({"strategy": "zero2", "devices": 2}, {}, A5000, "expert", {"shape": replace(LLAMA, experts=8)}),

@@ -62,6 +62,8 @@ def test_fsdp_in_copies_in_ram_and_in_4_bits() -> None:
     assert copies["optimizer"] == -(-8 * LLAMA.parameters() // 2)
     frozen = layout("fsdp", 2, variant="offload")
     assert host_items(frozen, LLAMA, SETTING)["weights"] == 2 * LLAMA.parameters()
+    twice = replace(frozen, devices=4, replicas=4, shards=2)
+    assert host_items(twice, LLAMA, SETTING)["weights"] == 4 * LLAMA.parameters()
     assert rank_items(frozen, LLAMA, SETTING, 0, 8)["optimizer"] > 0  # the adapter's stays
     packed = rank_items(layout("fsdp", 2, method="qlora", base="nf4"), LLAMA, SETTING, 0, 8)
     weights, constants = weight_bytes(layout(method="qlora", base="nf4"), LLAMA)
@@ -86,16 +88,27 @@ def test_full_training_from_ram(devices: int) -> None:
         assert host["weights"] + host["optimizer"] + host["gradients"] == each * count
         assert set(host) <= set(HOST_ITEMS)
         assert host["loading"] < 4 * (devices * count / LLAMA.layers + 2 * LLAMA.vocab * LLAMA.hidden)
+    if devices == 4:  # two copies of two: a device is as one of two, and RAM has everything twice
+        copies, two = replace(made, shards=2), replace(made, devices=2, replicas=2)
+        assert rank_items(copies, LLAMA, SETTING, 0, 8) == rank_items(two, LLAMA, SETTING, 0, 8)
+        assert [host_items(copies, LLAMA, SETTING)[name] for name in ("weights", "gradients", "optimizer")] == [
+            2 * host_items(two, LLAMA, SETTING)[name] for name in ("weights", "gradients", "optimizer")
+        ]
     whole = replace(made, method="pretrain")  # random weights are drawn all at once
     assert host_items(whole, LLAMA, SETTING)["loading"] > devices * 4 * count
 
 
-def test_fsdp_loads_a_layer_at_a_time() -> None:
-    """Unless something needs whole weights: then every process has the model in RAM."""
-    made = layout("fsdp", 8, method="full")
-    assert host_items(made, LLAMA, SETTING)["loading"] < 0.15 * 8 * 4 * LLAMA.parameters()
+@pytest.mark.parametrize(("strategy", "most"), [("fsdp", 0.15), ("zero3", 1 / 8)])
+def test_pieces_are_loaded_a_layer_at_a_time(strategy: str, most: float) -> None:
+    """Unless something needs whole weights: then every process has the model in RAM. DeepSpeed lays out there what it
+    trains.
+    """
+    made = layout(strategy, 8, method="full")
+    assert host_items(made, LLAMA, SETTING)["loading"] <= most * 8 * 4 * LLAMA.parameters()
     whole = host_items(replace(made, method="pretrain"), LLAMA, SETTING)["loading"]
-    assert whole > 8 * 4 * LLAMA.parameters()
+    assert whole >= 8 * 4 * LLAMA.parameters()
+    adapter = host_items(replace(made, method="lora"), LLAMA, SETTING)["loading"]
+    assert adapter < 0.15 * 8 * 2 * LLAMA.parameters()
 
 
 def test_zero_divides_more_with_each_stage() -> None:

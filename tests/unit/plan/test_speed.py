@@ -164,6 +164,10 @@ def test_copies_within_a_host_spare_the_network() -> None:
     assert inside.tokens_per_second > 2 * across.tokens_per_second
     alone = speed_with(shards=4, **{**full, "on": parse_gpus("8x H100, nvlink")})
     assert alone.tokens_per_second > inside.tokens_per_second
+    ram = full | {"variant": "offload", "activations": "recompute"}
+    across, inside = (speed_with(shards=shards, **ram) for shards in (0, 4))
+    assert inside.tokens_per_second > 2 * across.tokens_per_second
+    assert inside.parts["communication"] > 0 == across.parts.get("communication", 0)
 
 
 def speed_with(*, on: Hardware, tokens: int, devices: int, shards: int, **values: Any) -> Speed:
