@@ -168,17 +168,18 @@ def _layer_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> in
 
 def _mixture_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """What the backward pass of transformers' experts holds, in one grouped product: beside the gradient of the result
-    what adds up a token's pairs, three times in 32 bits and rounded; or the gradient of the activated product, and that
-    of the weights of the way down where these are trained or an adapter is added to a copy of them; or both gradients
-    of the product of gate and up.
+    what adds up a token's pairs, three times in 32 bits, and in a layer that was kept also rounded; or the gradient of
+    the activated product, and that of the weights of the way down where these are trained or an adapter is added to a
+    copy of them; or both gradients of the product of gate and up, less the result of each pair, let go of by then.
     """
     c, pairs, h = compute_bytes(layout), layout.micro_batch_tokens * shape.experts_per_token, shape.hidden
     down = shape.experts * shape.expert_intermediate * h
     weights = (c + 4 if c == 2 else 4) * down if trains_all(layout) else c * down
     weights *= trains_all(layout) or merges_experts(layout, shape, lora)
     active = c * pairs * shape.expert_intermediate
-    sums = (12 + c) * pairs * h
-    return residual_bytes(layout) * layout.micro_batch_tokens * h + max(sums, active + weights, 2 * active)
+    sums = (12 if layout.again(shape.layers) else 12 + c) * pairs * h
+    result = residual_bytes(layout) * layout.micro_batch_tokens * h
+    return result + max(sums, active + weights, 2 * active - c * pairs * h)
 
 
 def _experts_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
