@@ -53,9 +53,10 @@ class Compared:
     @property
     def near(self) -> bool:
         """Near enough to train with; nan is not."""
-        if abs(self.shift) > MOST or self.cosine is None or self.length is None:
-            return abs(self.shift) <= MOST
-        return self.cosine >= LEAST and 1 / LONGER <= self.length <= LONGER
+        gradient = (
+            self.cosine is None or self.length is None or (self.cosine >= LEAST and 1 / LONGER <= self.length <= LONGER)
+        )
+        return abs(self.shift) <= MOST and gradient
 
     def __str__(self) -> str:
         if self.cosine is None:
@@ -97,7 +98,7 @@ def settle_eight_bits(loop: Loop) -> None:
         loss = loop.mean_loss(batches)
         if own is None or loss is None:
             return  # out of memory: the largest micro-batch, which is tried next, says so and what to do
-        found.append(Compared(loss / own - 1, *gradients.compare()))
+        found.append(world.said(Compared(loss / own - 1, *gradients.compare())))
         if found[-1].near:
             break
     if trainee.device.type == "cuda":

@@ -55,6 +55,19 @@ def kinds(trainee):
     return {site: {getattr(layer, site).arithmetic for layer in trainee.fused} for site in SITES}
 
 
+def test_what_is_near_enough():
+    nan = float("nan")
+    assert Compared(-MOST).near
+    assert Compared(0.0, LEAST, 1.1).near
+    assert not any(
+        far.near
+        for far in (
+            Compared(2 * MOST, 1.0, 1.0), Compared(0.0, LEAST - 0.01, 1.0), Compared(0.0, 1.0, 1.3),
+            Compared(0.0, 1.0, 0.8), Compared(nan, 1.0, 1.0), Compared(0.0, nan, 1.0), Compared(0.0, 1.0, nan),
+        )
+    )  # fmt: skip
+
+
 def test_what_costs_nothing_stays(made):
     run = made(decided=True)
     settle_eight_bits(run.loop)
