@@ -492,3 +492,35 @@ def writes_behind(world: Any, *, then: str, **options: Any) -> dict[str, Any]:
     files = {path.name: sorted((f.name, f.stat().st_size) for f in path.iterdir()) for path in folder.glob("step-*")}
     saved = [event.step for event in run.events if isinstance(event, Saved)]
     return {"outcome": outcome, "losses": run.losses, "seen": seen, "files": files, "saved": saved}
+
+
+def loads(world: Any, *, model: Path, strategy: str) -> tuple[int, list[int]]:
+    """Bytes of one layer, and what the layers hold here each time that another one has come, in full training."""
+    import torch
+
+    from kitaeru.model.parts import Parts, outline
+    from kitaeru.parallel import strategy_of
+    from kitaeru.parallel.types import Engine, Unit
+    from kitaeru.plan.deepspeed import deepspeed_config
+    from kitaeru.plan.types import Layout
+    from kitaeru.recipe.types import LoraSection, ModelSection
+    from training import make_recipe
+
+    layout = Layout(strategy, "full", "none", "fp32", "keep", 64, "cpu", world.size, "", world.size)
+    loaded, source = outline(ModelSection(name=str(model)), layout, LoraSection(), 0)
+    assert source is not None
+    named = list(loaded.requires_grad_(True).named_parameters())
+    layers = [parameter for name, parameter in named if ".layers." in name]
+    one, seen, put = sum(p.nbytes for p in layers) // len(source.layers), [], Parts.put
+
+    def watched(self: Any, tensors: Any) -> None:
+        put(self, tensors)
+        seen.append(sum(p.untyped_storage().nbytes() for p in layers))
+
+    Parts.put = watched  # type: ignore[method-assign]
+    engine = Engine(
+        deepspeed_config(layout, make_recipe(model, model, "full")) if strategy == "zero3" else {},
+        lambda trained: torch.optim.AdamW([parameter for _, parameter in trained], fused=True),
+    )
+    strategy_of(layout).hold(Unit(loaded, source, engine), named, world, layout)
+    return one, seen

@@ -92,3 +92,11 @@ def test_weights_in_pieces_answer_and_come_back(crew, family, chat_data, valid_d
     how = {"strategy": "zero3", "stop_at": 2}
     for answer in crew.run(tmp_path / "4", 2, crew.answering, folder=tmp_path / "four", **how, **options):
         assert answer["texts"] == wanted["texts"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_one_layer_is_whole_at_a_time(crew, family, tmp_path, strategy):
+    """Also where what is trained is listed elsewhere, as in every run."""
+    for one, seen in crew.run(tmp_path, 2, crew.loads, model=family("qwen3", 5), strategy=strategy):
+        assert len(seen) == 5
+        assert one <= max(seen) < 1.1 * one  # and stand-ins of four bytes each
