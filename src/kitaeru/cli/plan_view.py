@@ -95,8 +95,11 @@ def _verdict(found: Survey, candidate: Candidate) -> str:
     if not candidate.built:
         return tr("not built yet")
     chosen = found.plan.chosen if found.plan else None
-    packed = candidate.layout.base == "nf4" and chosen is not None and chosen.layout.base != "nf4"
-    return tr("less exact") if packed and chosen and _rate(candidate) > 1.02 * _rate(chosen) else tr("fits")
+    if chosen is None or _rate(candidate) <= 1.02 * _rate(chosen):
+        return tr("fits")
+    if candidate.layout.base == "nf4" and chosen.layout.base != "nf4":
+        return tr("less exact")
+    return tr("leans on RAM") if candidate.layout.variant.startswith("offload") else tr("fits")
 
 
 def _bars(out: Console, problem: Problem, candidate: Candidate) -> None:
