@@ -36,7 +36,7 @@ LORA = {"lora__dropout": 0.1, "lora__r": 4, "train__neftune_alpha": 5.0}
 RUN = {
     "train__max_steps": 9,
     "train__learning_rate": 3e-3,
-    "train__global_batch_tokens": 200,
+    "train__global_batch_tokens": 300,
     "train__schedule": "constant",
     "train__warmup_steps": 0,
     "train__save_every": 3,
