@@ -86,8 +86,8 @@ def kernels(dtype: torch.dtype, tokens: int, device: str) -> dict[str, tuple[Cal
     _, kept = gated.gated(both, "silu", dtype, 0, dtype)
     packed = torch.randint(256, (WIDE * HIDDEN // 2, 1), device=device).byte()
     absmax, code = torch.rand(WIDE * HIDDEN // 64, device=device), torch.linspace(-1, 1, 16, device=device)
-    stored = frozen.Stored("nf4", (WIDE, HIDDEN), packed, absmax, code)
-    scales, none = frozen.scales_of([stored], dtype), torch.zeros(0, 0, device=device)
+    stored = frozen.Weights((frozen.Stored("nf4", (WIDE, HIDDEN), packed, absmax, code),))
+    scales = frozen.scales_of(stored, dtype)
 
     def rounded(values: Tensor) -> Rows:
         return rows.put_rows(values, rows.empty_rows(len(values), values.shape[1], 0, dtype, values))
@@ -97,7 +97,7 @@ def kernels(dtype: torch.dtype, tokens: int, device: str) -> dict[str, tuple[Cal
 
     def expanding(way: Callable[..., Tensor], transposed: bool) -> Callable[[int], Tensor]:
         scale = scales.backward if transposed else scales.forward
-        return lambda _: way([stored], scale, none, 0, dtype, transposed=transposed)
+        return lambda _: way(stored, scale, None, 0, dtype, transposed=transposed)
 
     def pair(way: Any, reference: Any, *arguments: Any) -> tuple[Callable[[int], Any], Callable[[int], Any]]:
         def run(function: Any) -> Callable[[int], Any]:
