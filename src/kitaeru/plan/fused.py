@@ -192,5 +192,7 @@ def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
 
 
 def operations(layout: Layout, *, forward: bool) -> float:
-    """Kernels and calls of one layer's pass; in INT8 four adapters are turned in each, and eight gradients back."""
-    return (138.0 if forward else 230.0) + _turns(layout) * (18.0 if forward else 60.0)
+    """Kernels and calls of one layer's pass, as fitted on an H100 before some were merged (docs/notes/0012); in INT8
+    four adapters are turned in each.
+    """
+    return (138.0 if forward else 230.0) + _turns(layout) * 18.0
