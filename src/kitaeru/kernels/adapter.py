@@ -6,8 +6,8 @@ x lies turned, the kernels read P turned, and what they give for A and B is turn
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -75,22 +75,31 @@ class Shares:
     """The adapters of a site, three at most."""
 
     each: tuple[Share, ...]
-    tiles: int = field(init=False)
-    largest: int = field(init=False)
-    rank: int = field(init=False)
-    arguments: tuple[Any, ...] = field(init=False)
-    scalings: tuple[Any, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        ranks = [s.rank for s in self.each]
-        for name, value in (
-            ("tiles", sum(cdiv(s.outputs, TILE) for s in self.each)),
-            ("largest", max(ranks, default=0)),
-            ("rank", sum(ranks)),
-            ("arguments", tuple(v for n in ("row", "rank", "column", "outputs") for v in three(self.each, n))),
-            ("scalings", three(self.each, "scaling")),
-        ):
-            object.__setattr__(self, name, value)
+    @cached_property
+    def rank(self) -> int:
+        """The sum of all ranks."""
+        return sum(s.rank for s in self.each)
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest rank."""
+        return max(s.rank for s in self.each)
+
+    @cached_property
+    def tiles(self) -> int:
+        """Programs over all columns of B."""
+        return sum(cdiv(s.outputs, TILE) for s in self.each)
+
+    @cached_property
+    def arguments(self) -> tuple[Any, ...]:
+        """Rows, ranks, columns and outputs as kernels take them."""
+        return tuple(v for name in ("row", "rank", "column", "outputs") for v in three(self.each, name))
+
+    @cached_property
+    def scalings(self) -> tuple[Any, ...]:
+        """Likewise."""
+        return three(self.each, "scaling")
 
 
 def gradients_reference(x: Rows, thin: Tensor, dthin: Tensor, dy: Rows, shares: Shares) -> list[tuple[Tensor, Tensor]]:

@@ -10,7 +10,8 @@ turned (kernels/turned.py), as those of the input are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,16 @@ class Stored:
     absmax_scale: Tensor | None = None
     absmax_offset: float = 0.0
 
+    @property
+    def nested(self) -> bool:
+        """Whether the absmax of its blocks are in 8 bits themselves."""
+        return self.absmax is not None and self.absmax.dtype == torch.uint8
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return self.shape[0]
+
     def values(self) -> Tensor:
         """The weight in fp32 [N, K]; wider than that only if it is stored so."""
         if self.kind == "16bit":
@@ -56,7 +67,7 @@ class Stored:
         pairs = torch.stack([self.code[byte >> 4], self.code[byte & 15]], 1)
         numbers = pairs.index_select(0, self.data.reshape(-1).int()).view(-1, NF4_BLOCK)
         absmax = self.absmax.reshape(-1)
-        if absmax.dtype == torch.uint8:
+        if self.nested:
             assert self.absmax_code is not None
             assert self.absmax_scale is not None
             by = self.absmax_scale.repeat_interleave(NF4_SECOND_BLOCK)[: len(absmax)]
@@ -75,18 +86,16 @@ class _Group:
     """Neighbours that are stored alike, three at most, as the kernel takes them."""
 
     members: tuple[Stored, ...]
-    nested: bool
-    outputs: int = field(init=False)
-    arguments: tuple[Any, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        names = ("data", "absmax", "absmax_scale", "absmax_offset")
-        sizes = [m.shape[0] for m in self.members]
+    @cached_property
+    def outputs(self) -> int:
+        return sum(m.shape[0] for m in self.members)
+
+    @cached_property
+    def arguments(self) -> tuple[Any, ...]:
+        names = ("data", "absmax", "absmax_scale", "absmax_offset", "outputs")
         first = self.members[0]
-        arguments = [value for name in names for value in three(self.members, name)]
-        arguments += [*sizes, *[None] * (3 - len(sizes)), first.code, first.absmax_code]
-        object.__setattr__(self, "outputs", sum(sizes))
-        object.__setattr__(self, "arguments", tuple(arguments))
+        return (*[value for name in names for value in three(self.members, name)], first.code, first.absmax_code)
 
 
 @dataclass(frozen=True)
@@ -94,18 +103,18 @@ class Weights:
     """Weights (N_i, K) that share their input, one below the other: (N, K), N the sum."""
 
     each: tuple[Stored, ...]
-    groups: tuple[_Group, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def groups(self) -> tuple[_Group, ...]:
+        """Neighbours that are stored alike, for one kernel each."""
         groups = list[_Group]()
         for weight in self.each:
-            nested = weight.absmax is not None and weight.absmax.dtype == torch.uint8
-            last = groups[-1] if groups else None
-            if last and len(last.members) < 3 and (last.members[0].kind, last.nested) == (weight.kind, nested):
-                groups[-1] = _Group((*last.members, weight), nested)
+            last = groups[-1].members if groups else ()
+            if last and len(last) < 3 and (last[0].kind, last[0].nested) == (weight.kind, weight.nested):
+                groups[-1] = _Group((*last, weight))
             else:
-                groups.append(_Group((weight,), nested))
-        object.__setattr__(self, "groups", tuple(groups))
+                groups.append(_Group((weight,)))
+        return tuple(groups)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -210,12 +219,12 @@ def expand(
     for group in weights.groups:
         # A transposed weight's further columns lie beside all weights: the first group writes them.
         beside = extra > 0 and not (transposed and done)
-        tiles, blocks = sum([cdiv(m.shape[0], at_once) for m in group.members]), inputs // NF4_BLOCK
+        tiles, blocks = sum([cdiv(m.outputs, at_once) for m in group.members]), inputs // NF4_BLOCK
         launch(
             _expand, (tiles + (beside and transposed), blocks + (beside and not transposed)),
             *group.arguments, scale, out, out.stride(0), inputs, done,
             *further, columns, extra,
-            KIND={"16bit": 0, "int8": 1, "nf4": 2}[group.members[0].kind], NESTED=group.nested,
+            KIND={"16bit": 0, "int8": 1, "nf4": 2}[group.members[0].kind], NESTED=group.members[0].nested,
             SCALED=scale is not None, INT8=dtype == torch.int8, FP8=dtype == torch.float8_e4m3fn,
             TRANSPOSED=transposed, WEIGHTS=len(group.members), ROWS=at_once, BESIDE=beside, num_warps=4,
         )  # fmt: skip
