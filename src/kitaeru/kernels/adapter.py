@@ -165,6 +165,7 @@ def _outer_parts(p: Tensor, x: Rows, shares: Shares) -> Tensor:
 
 if triton is not None:
     from kitaeru.kernels.frozen import high_part
+    from kitaeru.kernels.neighbours import located, picked
     from kitaeru.kernels.turned import turned
 
     @triton.jit
@@ -209,17 +210,11 @@ if triton is not None:
         row_0, row_1, row_2, rank_0, rank_1, rank_2, column_0, column_1, column_2, outputs_0, outputs_1, outputs_2,
         SCALED: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
     ):  # fmt: skip
-        tile, skip, own, begin, outputs = tl.program_id(0), row_0, rank_0, column_0, outputs_0
-        if SHARES > 1:
-            tiles = tl.cdiv(outputs, COLUMNS)
-            if tile >= tiles:
-                tile -= tiles
-                skip, own, begin, outputs = row_1, rank_1, column_1, outputs_1
-                if SHARES > 2:
-                    tiles = tl.cdiv(outputs, COLUMNS)
-                    if tile >= tiles:
-                        tile -= tiles
-                        skip, own, begin, outputs = row_2, rank_2, column_2, outputs_2
+        number, tile = located(tl.program_id(0), outputs_0, outputs_1, outputs_2, COLUMNS, SHARES)
+        skip = picked(number, row_0, row_1, row_2, SHARES)
+        own = picked(number, rank_0, rank_1, rank_2, SHARES)
+        begin = picked(number, column_0, column_1, column_2, SHARES)
+        outputs = picked(number, outputs_0, outputs_1, outputs_2, SHARES)
         column = tile * COLUMNS + tl.arange(0, COLUMNS)
         there = column < outputs
         column += begin
@@ -262,19 +257,15 @@ if triton is not None:
             out += rank * width
             turns = TURNED_B
             parts, count, rank, across, down = of_b, parts_b, rank_b, width_b, 1
-            own, begin, outputs, scaling = rank_0, column_0, outputs_0, scaling_0
+            number, tile = located(tile, outputs_0, outputs_1, outputs_2, COLUMNS, SHARES)
+            own = picked(number, rank_0, rank_1, rank_2, SHARES)
+            begin = picked(number, column_0, column_1, column_2, SHARES)
+            outputs = picked(number, outputs_0, outputs_1, outputs_2, SHARES)
+            scaling = picked(number, scaling_0, scaling_1, scaling_2, SHARES)
             if SHARES > 1:
-                tiles = tl.cdiv(outputs, COLUMNS)
-                if tile >= tiles:
-                    tile -= tiles
-                    out += own * outputs
-                    own, begin, outputs, scaling = rank_1, column_1, outputs_1, scaling_1
-                    if SHARES > 2:
-                        tiles = tl.cdiv(outputs, COLUMNS)
-                        if tile >= tiles:
-                            tile -= tiles
-                            out += own * outputs
-                            own, begin, outputs, scaling = rank_2, column_2, outputs_2, scaling_2
+                out += tl.where(number > 0, rank_0 * outputs_0, 0)
+            if SHARES > 2:
+                out += tl.where(number > 1, rank_1 * outputs_1, 0)
             right = own
         at = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
         column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]

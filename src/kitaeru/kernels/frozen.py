@@ -23,6 +23,7 @@ from kitaeru.kernels.turned import turn
 from kitaeru.plan.stored import NF4_BLOCK, NF4_SECOND_BLOCK
 
 if triton is not None:
+    from kitaeru.kernels.neighbours import located, picked
     from kitaeru.kernels.rows import store_rounded
     from kitaeru.kernels.turned import turned
 
@@ -245,26 +246,18 @@ if triton is not None:
     ):  # fmt: skip
         # Each program: a tile of rows of one of the weights, and one block of 64 columns; or further columns.
         tile, block = tl.program_id(0), tl.program_id(1)
+        number, tile = located(tile, outputs, outputs_1, outputs_2, ROWS, WEIGHTS)
+        data = picked(number, data, data_1, data_2, WEIGHTS)
+        if KIND > 0:
+            absmax = picked(number, absmax, absmax_1, absmax_2, WEIGHTS)
+        if NESTED:
+            absmax_scale = picked(number, absmax_scale, absmax_scale_1, absmax_scale_2, WEIGHTS)
+            absmax_offset = picked(number, absmax_offset, absmax_offset_1, absmax_offset_2, WEIGHTS)
         if WEIGHTS > 1:
-            tiles = tl.cdiv(outputs, ROWS)
-            if tile >= tiles:
-                tile -= tiles
-                done += outputs
-                data, outputs = data_1, outputs_1
-                if KIND > 0:
-                    absmax = absmax_1
-                if NESTED:
-                    absmax_scale, absmax_offset = absmax_scale_1, absmax_offset_1
-                if WEIGHTS > 2:
-                    tiles = tl.cdiv(outputs, ROWS)
-                    if tile >= tiles:
-                        tile -= tiles
-                        done += outputs
-                        data, outputs = data_2, outputs_2
-                        if KIND > 0:
-                            absmax = absmax_2
-                        if NESTED:
-                            absmax_scale, absmax_offset = absmax_scale_2, absmax_offset_2
+            done += tl.where(number > 0, outputs, 0)
+        if WEIGHTS > 2:
+            done += tl.where(number > 1, outputs_1, 0)
+        outputs = picked(number, outputs, outputs_1, outputs_2, WEIGHTS)
         if BESIDE:
             if TRANSPOSED:
                 beside = tile * ROWS >= outputs
