@@ -56,6 +56,7 @@ class Layout:
     arithmetic: Arithmetic = "plain"
     shards: int = 0
     recomputed: int = 0
+    graphs: bool = False
 
     def again(self, layers: int) -> int:
         """How many of so many layers are computed again in their backward pass."""
