@@ -158,7 +158,8 @@ class Loop(Kept):
         has computed. None when memory ran out on it: then the gradients are nobody's.
         """
         trainee = self.trainee
-        trainee.model.train()
+        if not trainee.model.training:  # asking thousands of modules takes 10 ms
+            trainee.model.train()
 
         def begin(number: int | None) -> None:
             # Dropout and noise depend on the seed, the step, the place in it and the layer alone: a resumed run draws
