@@ -190,7 +190,7 @@ class Runner:
     trained: int
     how: str
     warm: int
-    ballast_bytes: int = 0
+    ballast: tuple[Any, ...] = ()  # held as long as the runner is
 
 
 def work(job: Job) -> None:
@@ -246,7 +246,7 @@ def measure(runner: Runner, job: Job, begun: float) -> dict[str, Any]:
     if not math.isfinite(loss):
         raise RuntimeError(f"the loss is {loss}")
     if on_gpu:
-        found["peak_gib"] = round((torch.cuda.max_memory_allocated() - runner.ballast_bytes) / GIB, 3)
+        found["peak_gib"] = round((torch.cuda.max_memory_allocated() - sum(t.nbytes for t in runner.ballast)) / GIB, 3)
     return found
 
 
@@ -448,7 +448,7 @@ def theirs(job: Job) -> Runner:
 
     count = sum(parameter.numel() for parameter in trained)
     # The passes are compiled and warm already.
-    return Runner(step, rows * job.seq_len, count, how, 1, sum(tensor.nbytes for tensor in ballast))
+    return Runner(step, rows * job.seq_len, count, how, 1, tuple(ballast))
 
 
 def fastest(passes: Callable[[int], Any], job: Job, clear: Callable[[], None]) -> int:
