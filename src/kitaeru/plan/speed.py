@@ -37,6 +37,8 @@ from kitaeru.shape import ModelShape
 
 # Where launching and computing take equally long, neither hides all of the other.
 UNHIDDEN = 0.15
+# Seconds of the host to launch a CUDA graph, with its inputs copied; seconds between one kernel in it and the next.
+GRAPH_LAUNCH, GRAPH_KERNEL = 50e-6, 1.5e-6
 # A simulated step has at most this many micro-batches; more follow the same beat.
 SIMULATED = 48
 # What one NVMe disk gives in large pieces; a layer read a moment ago comes from RAM where there is room, and faster.
@@ -152,7 +154,7 @@ def took(work: Work, rates: Rates) -> Took:
         + work.skinny / rates.skinny
         + work.grouped / rates.grouped,
         "attention": attention,
-        "small_kernels": work.eager / rates.eager + work.stream / rates.stream,
+        "small_kernels": work.eager / rates.eager + work.stream / rates.stream + work.kernels * GRAPH_KERNEL,
         "unpacking": work.unpacked / rates.dequantise,
     }
     return Took(parts, work.operations * rates.operation)
@@ -245,7 +247,7 @@ def _whole(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) 
         # Tensor-parallel devices have the whole head, each for a part of the tokens.
         head = layer.head.times(1 / layout.ranks_per_replica if layout.strategy == "tensor" else 1.0)
         micro = (layer.forward + layer.backward).times(shape.layers) + head
-        micro = Took(micro.parts, micro.host + rates.micro_batch)
+        micro = Took(micro.parts, micro.host + rates.micro_batch + layout.graphs * GRAPH_LAUNCH)
         computing = micro.seconds
         scale = computing / micro.device if micro.device else 1.0
         waiting = _layer_waits(layout, shape, load, at, layer, rates, scale)

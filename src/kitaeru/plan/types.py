@@ -39,6 +39,7 @@ class Layout:
     (devices/replicas)-th of them.
     `arithmetic`: of the frozen products; but for `plain`, a layer is one fused operation (`plan.fused`), whose gate and
     up `keep8` keeps in 8 bits. `recomputed`: so many of the first layers compute again what the others `keep`.
+    `graphs`: a micro-batch's passes are one CUDA graph, whose memory stays taken as long as the run lasts.
     """
 
     strategy: str
@@ -56,6 +57,7 @@ class Layout:
     arithmetic: Arithmetic = "plain"
     shards: int = 0
     recomputed: int = 0
+    graphs: bool = False
 
     def again(self, layers: int) -> int:
         """How many of so many layers are computed again in their backward pass."""
@@ -77,7 +79,7 @@ class Layout:
         return Layout(
             "single", self.method, self.base, self.precision, self.activations, self.micro_batch_tokens, self.device,
             variant=self.variant if self.strategy == "single" else "",
-            arithmetic=self.arithmetic, recomputed=self.recomputed,
+            arithmetic=self.arithmetic, recomputed=self.recomputed, graphs=self.graphs,
         )  # fmt: skip
 
     @property
