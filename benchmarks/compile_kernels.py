@@ -58,20 +58,20 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         {"VARIANCE": norm.variance(torch.int8 if int8 else torch.float8_e4m3fn), "TURNED": int8, "WRITE": True,
          "TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
     )  # fmt: skip
+    forward, backward = (gated.tile(14336, backward=back, turns=int8) for back in (False, True))
     yield (
         "gated", gated._gated,
         {"both": short, "rows": kind, "scale": single, "kept": kind, "gate_scale": single, "up_scale": single,
          "rows_stride": "i32", "width": "i32"},
-        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": 8192},
-        {"num_warps": 16, "num_stages": 1},
+        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": forward.pop("BLOCK")},
+        forward,
     )  # fmt: skip
     yield (
         "gated_backward", gated._gated_backward,
         {"upstream": short, "gates": kind, "gate_scale": single, "ups": kind, "up_scale": single,
          "kept_stride": "i32", "gradient": kind, "gradient_scale": single, "product": kind, "product_scale": single,
          "gradient_stride": "i32", "width": "i32"},
-        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": 8192},
-        {"num_warps": 16, "num_stages": 1},
+        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": backward.pop("BLOCK")}, backward,
     )  # fmt: skip
     for normed in (False, True):
         yield (

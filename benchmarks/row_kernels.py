@@ -126,8 +126,8 @@ def kernels(dtype: torch.dtype, tokens: int, device: str) -> dict[str, tuple[Cal
     }  # fmt: skip
 
 
-def tiled(tile: tuple[int, int], _: int) -> dict[str, int]:
-    """In place of `gated._block`."""
+def tiled(tile: tuple[int, int], _: int, **__: bool) -> dict[str, int]:
+    """In place of `gated.tile`."""
     return {"BLOCK": tile[0], "num_warps": tile[1], "num_stages": 1}
 
 
@@ -146,7 +146,7 @@ def main() -> None:
     copied = copy_speed(device)
     print(f"{name}: a copy moves {copied / 1e3:.0f} GB/s")
     found = []
-    chosen = gated._block
+    chosen = gated.tile
     for arithmetic in arguments.arithmetic or (("fp8", "int8") if capable else ("int8",)):
         dtype = rows.storage(arithmetic, torch.bfloat16)
         for kernel, (work, reference, each) in kernels(dtype, tokens, device).items():
@@ -155,7 +155,7 @@ def main() -> None:
             expected = reference(few)
             for tile in (None, *(TILES if arguments.tiles and gate and cuda else ())):
                 if tile:
-                    gated._block = partial(tiled, tile)
+                    gated.tile = partial(tiled, tile)
                 spent = microseconds(partial(work, tokens), device)
                 row = {
                     "device": name, "kernel": kernel, "arithmetic": arithmetic, "tokens": tokens,
@@ -165,7 +165,7 @@ def main() -> None:
                 }  # fmt: skip
                 found.append(row)
                 print(row, flush=True)
-            gated._block = chosen
+            gated.tile = chosen
     if arguments.out:
         append(arguments.out, found, found[-1])
 

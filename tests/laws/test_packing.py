@@ -6,6 +6,7 @@ import json
 from itertools import pairwise
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,6 +61,37 @@ def test_a_packed_row_asks_for_the_same_as_the_rows_alone(corpus: Corpus, budget
             for name in ("input_ids", "position_ids", "targets"):
                 assert getattr(row, name)[0, begin:end].equal(getattr(alone[example], name)[0])
         assert row.longest == max(end - begin for begin, end in pairwise(bounds))
+
+
+@given(corpora(), st.integers(12, 70), st.data())
+def test_a_row_that_is_filled_up_asks_for_nothing_more(corpus: Corpus, budget: int, data: st.DataObject) -> None:
+    indices = data.draw(st.lists(st.integers(0, len(corpus) - 1), min_size=1, max_size=20))
+    plain = micro_batches(corpus, indices, micro_batch_tokens=budget)
+    filled = micro_batches(corpus, indices, micro_batch_tokens=budget, filled=True)
+    assert (filled.tokens, filled.trained_tokens) == (plain.tokens, plain.trained_tokens)
+    step = -(-budget // 4)
+    for row, full in zip(plain, filled, strict=True):
+        bounds, counted = full.cu_seqlens.tolist(), full.counted.tolist()
+        assert bounds[: len(row.examples)] == row.cu_seqlens.tolist()[:-1]
+        assert bounds[0] == 0
+        assert bounds[-1] == full.tokens >= row.tokens
+        assert full.tokens % step == 0
+        assert len(counted) % step == 0
+        lengths = [end - begin for begin, end in pairwise(bounds)]
+        assert 0 <= min(lengths) <= max(lengths) <= full.longest
+        # Whoever takes all examples for equally long, by what stands on the host, is right.
+        assert ((len(bounds) - 1) * full.longest == full.tokens) == (len({full.longest, *lengths}) == 1)
+        for name, value in (("input_ids", 0), ("targets", -100)):
+            tensor = getattr(full, name)[0]
+            assert tensor[: row.tokens].equal(getattr(row, name)[0])
+            assert (tensor[row.tokens :] == value).all()
+        starts = [begin for begin, end in pairwise(bounds) if end > begin]
+        assert torch.nonzero(full.position_ids[0] == 0).squeeze(1).tolist() == starts
+        assert (full.position_ids[0].diff()[[p for p in range(full.tokens - 1) if p + 1 not in starts]] == 1).all()
+        assert len(set(counted)) == len(counted)
+        assert (
+            counted[: len(row.counted)] == row.counted.tolist() == torch.nonzero(row.targets[0] != -100)[:, 0].tolist()
+        )
 
 
 @given(corpora())

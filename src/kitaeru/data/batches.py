@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from kitaeru.data.corpus import Corpus
 from kitaeru.data.pack import pack
@@ -128,11 +130,12 @@ def _shuffled(bits: np.random.PCG64, count: int) -> NDArray[np.int64]:
 class MicroBatches(Sequence[MicroBatch]):
     """The micro-batches of some examples. Each is made when it is taken, so that a rank makes only its own.
 
-    `tokens` are the tokens of each; `trained_tokens` those of all together that count in the loss.
+    `tokens` are the tokens of each; `trained_tokens` those of all together that count in the loss. With `fill` each is
+    filled up (`_filled`), in such steps; neither counts what is put in.
     """
 
-    def __init__(self, corpus: Corpus, bins: list[list[int]]) -> None:
-        self._corpus, self._bins = corpus, bins
+    def __init__(self, corpus: Corpus, bins: list[list[int]], fill: int = 0) -> None:
+        self._corpus, self._bins, self._fill = corpus, bins, fill
         self.tokens: list[int] = [int(corpus.lengths[members].sum()) for members in bins]
 
     @property
@@ -150,8 +153,9 @@ class MicroBatches(Sequence[MicroBatch]):
     def __getitem__(self, at: slice) -> MicroBatches: ...
     def __getitem__(self, at: int | slice) -> MicroBatch | MicroBatches:
         if isinstance(at, slice):
-            return MicroBatches(self._corpus, self._bins[at])
-        return _row(self._corpus, self._bins[at])
+            return MicroBatches(self._corpus, self._bins[at], self._fill)
+        row = _row(self._corpus, self._bins[at])
+        return _filled(row, self._fill) if self._fill else row
 
     def examples(self, number: int) -> list[int]:
         """The examples in one micro-batch, as indices into the corpus."""
@@ -159,14 +163,17 @@ class MicroBatches(Sequence[MicroBatch]):
 
 
 def micro_batches(
-    corpus: Corpus, indices: Sequence[int], *, micro_batch_tokens: int, packing: bool = True
+    corpus: Corpus, indices: Sequence[int], *, micro_batch_tokens: int, packing: bool = True, filled: bool = False
 ) -> MicroBatches:
     """The examples `indices` as rows of at most `micro_batch_tokens` tokens; one example a row without `packing`.
+
+    `filled`: to a multiple of a quarter of that, so that few shapes occur.
 
     Raises:
         DataError: an example is longer than `micro_batch_tokens`. Names it.
     """
-    return MicroBatches(corpus, _bins(corpus, indices, micro_batch_tokens, packing))
+    fill = -(-micro_batch_tokens // 4) if filled else 0
+    return MicroBatches(corpus, _bins(corpus, indices, micro_batch_tokens, packing), fill)
 
 
 def eval_batches(
@@ -212,5 +219,42 @@ def _row(corpus: Corpus, members: list[int]) -> MicroBatch:
         targets=torch.from_numpy(targets)[None],
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         longest=int(lengths.max()),
+        counted=torch.from_numpy(np.flatnonzero(targets != IGNORED)),
         examples=list(members),
+    )
+
+
+# Entries of `cu_seqlens` in a row that is filled up, at least.
+FEWEST_BOUNDS = 17
+
+
+def _filled(row: MicroBatch, step: int) -> MicroBatch:
+    """A row whose shapes are of few kinds: T and R are multiples of `step`, `longest` and the number of examples powers
+    of two, more than there are. What is put in are examples of tokens 0 that no other sees and no loss counts, then
+    examples of no tokens. Examples of one length that are a multiple of `step` together stay as they are.
+    """
+    assert row.counted is not None
+    tokens = -(-row.tokens // step) * step
+    count = min(tokens, -(-len(row.counted) // step) * step)
+    more = torch.nonzero(row.targets[0] == IGNORED).squeeze(1)[: count - len(row.counted)]
+    beyond = torch.arange(row.tokens, tokens)[: count - len(row.counted) - len(more)]
+    counted = torch.cat([row.counted, more, beyond])
+    if tokens == row.tokens and (len(row.cu_seqlens) - 1) * row.longest == tokens:
+        return replace(row, counted=counted)
+    longest = 1 << (row.longest - 1).bit_length()
+    starts = torch.arange(row.tokens, tokens, longest, dtype=torch.int32)
+    bounds = torch.cat([row.cu_seqlens[:-1], starts])
+    entries = max(FEWEST_BOUNDS, (1 << (len(bounds) - 1).bit_length()) + 1)
+    if (entries - 1) * longest == tokens:  # which says that all are of one length
+        entries += 1
+    place = torch.arange(tokens - row.tokens)[None] % longest
+    zeros = torch.zeros_like(place)
+    return MicroBatch(
+        input_ids=torch.cat([row.input_ids, zeros], 1),
+        position_ids=torch.cat([row.position_ids, place], 1),
+        targets=torch.cat([row.targets, zeros + IGNORED], 1),
+        cu_seqlens=nn.functional.pad(bounds, (0, entries - len(bounds)), value=tokens),
+        longest=longest,
+        counted=counted,
+        examples=row.examples,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 # Rows are read to make a plan too, and planning must not wait for torch.
@@ -46,13 +47,18 @@ class Example:
     trained: list[bool]
 
 
+TENSORS = ("input_ids", "position_ids", "targets", "cu_seqlens", "counted")
+
+
 @dataclass
 class MicroBatch:
     """Examples laid end to end in one row of T tokens; none sees another.
 
     input_ids, position_ids, targets: int64 [1, T]. Positions start at 0 in every example. `targets[0, t]` is the token
     to predict at t (already shifted by one) or -100. cu_seqlens: int32 [examples + 1], where each example starts, and
-    T last. `longest` is the longest example. `examples` are indices into the corpus.
+    T last. `longest` is the longest example, or more. `counted`: int64 [R], every place whose target is not -100, and
+    others after these in a row that is filled up (`data.batches`); None: to be looked for. `examples` are indices into
+    the corpus.
     """
 
     input_ids: torch.Tensor
@@ -60,6 +66,7 @@ class MicroBatch:
     targets: torch.Tensor
     cu_seqlens: torch.Tensor
     longest: int
+    counted: torch.Tensor | None = None
     examples: list[int] = field(default_factory=list)
 
     @property
@@ -72,7 +79,18 @@ class MicroBatch:
         """Tokens that count in the loss."""
         return int((self.targets != -100).sum())
 
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on `device`."""
-        move = {name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "targets", "cu_seqlens")}
-        return MicroBatch(**move, longest=self.longest, examples=self.examples)
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name."""
+        every = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in every.items() if tensor is not None}
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        """The same with its tensors changed."""
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors.items()}
+        return replace(self, **changed)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch on `device`; a GPU is not waited for."""
+        pins = device.type == "cuda"
+        return self.each(lambda t: (t.pin_memory() if pins and not t.is_cuda else t).to(device, non_blocking=True))

@@ -197,6 +197,8 @@ class Ladder:
 
     def _free(self) -> None:
         self.trainee.optimizer.zero_grad(set_to_none=True)
+        if self.trainee.held.replays is not None:
+            self.trainee.held.replays.drop()
         gc.collect()
         trim(self.trainee.device)
         if self.trainee.device.type == "cuda":

@@ -103,6 +103,9 @@ class Loop(Kept):
         loss = float(losses.sum())
         norm, skipped = self._update(loss, losses, batches, index)
         self.progress.step += 1
+        if trainee.held.replays is not None and (why := trainee.held.replays.excuse()) is not None:
+            text = tr("Micro-batches are launched kernel by kernel: they cannot be CUDA graphs ({why}).", why=why)
+            trainee.say(text, "warning", self.progress.step)
         seconds = time.perf_counter() - started
         tokens = sum(batches.tokens)
         peaks = self.world.numbers([peak_bytes(device) for device in trainee.held.devices or (trainee.device,)])
@@ -140,6 +143,7 @@ class Loop(Kept):
             chosen,
             micro_batch_tokens=self.trainee.plan.layout.micro_batch_tokens,
             packing=recipe.data.packing,
+            filled=self.trainee.plan.layout.graphs,
         )
 
     def _gradients(self, batches: MicroBatches, trained: int, index: int) -> torch.Tensor | None:

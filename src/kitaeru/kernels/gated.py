@@ -22,7 +22,6 @@ if triton is not None:
     from kitaeru.kernels.turned import turned
 
 Activation = Literal["silu", "gelu_tanh"]
-BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def gated(both: Tensor, activation: Activation, dtype: torch.dtype, extra: int, 
         _gated, (tokens,),
         both, rows.data, rows.scale, kept.gate.data, kept.gate.scale, kept.up.scale, rows.data.stride(0), width,
         TOP=top(dtype), INT8=dtype == torch.int8, KEEP_TOP=top(keep), KEEP_INT8=keep == torch.int8,
-        SILU=activation == "silu", **_block(width),
+        SILU=activation == "silu", **tile(width, backward=False, turns=rows.turned),
     )  # fmt: skip
     return rows, kept
 
@@ -92,17 +91,25 @@ def gated_backward(
         upstream, kept.gate.data, kept.gate.scale, kept.up.data, kept.up.scale, kept.gate.data.stride(0),
         gradient.data, gradient.scale, product.data, product.scale, gradient.data.stride(0), width,
         SCALED=kept.gate.scale is not None, TOP=top(dtype), INT8=dtype == torch.int8, SILU=activation == "silu",
-        **_block(width),
+        **tile(width, backward=True, turns=gradient.turned),
     )  # fmt: skip
     return gradient, product
 
 
-def _block(width: int) -> dict[str, int]:
-    """Columns at a time, 16 for each thread. The second pass over a row is to find it in the cache: few rows at a time,
-    so many warps for each. One stage: loads that a product follows would otherwise go through shared memory.
+# Columns at a time, and for each thread, of the forward and of the backward kernel: the fastest of eight on an H100
+# (benchmarks/row_kernels.py), for numbers that are not turned and for such that are.
+TILES = {False: ((16384, 32), (8192, 16)), True: ((8192, 32), (2048, 16))}
+
+
+def tile(width: int, *, backward: bool, turns: bool) -> dict[str, int]:
+    """The second pass over a row is to find it in the cache: few rows at a time, so many warps for each. One stage:
+    loads that a product follows would otherwise go through shared memory.
     """
-    block = min(BLOCK, row_block(width))
-    return {"BLOCK": block, "num_warps": block // 512, "num_stages": 1}
+    most, each = TILES[turns][backward]
+    block = min(most, row_block(width))
+    if block < most:  # not tried with so many a thread
+        each = 16
+    return {"BLOCK": block, "num_warps": block // (32 * each), "num_stages": 1}
 
 
 def _act(gate: Tensor, activation: Activation) -> Tensor:

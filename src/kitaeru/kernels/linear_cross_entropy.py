@@ -26,14 +26,17 @@ def linear_cross_entropy_reference(
     return F.cross_entropy(logits_of(hidden, weight, softcap), targets, ignore_index=IGNORED, reduction="sum")
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None, counted: Tensor | None = None
+) -> Tensor:
     """The same scalar by chunks of rows, with the gradient formed in the forward pass.
 
-    Rows that do not count never meet the head: prompt tokens cost nothing here. In chunks of C = HEAD_CHUNK_ROWS rows,
+    Only the rows `counted` meet the head (int64 [R], in which are all that count; without it these are looked for,
+    which waits for the device): prompt tokens cost nothing here. In chunks of C = HEAD_CHUNK_ROWS rows,
     peak memory is one chunk of fp32 logits and one copy of it, 2 C V 4 bytes, and the gradient of `hidden` (and of
     `weight`, in fp32, when it is trained). On a GPU in 16 bits it is 2 C V bytes: the gradient takes the logits' place.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, softcap)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, softcap, counted)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -45,13 +48,15 @@ def logits_of(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, counted: Tensor | None
+    ) -> Tensor:
         if torch.is_autocast_enabled(hidden.device.type):
             hidden_compute = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         else:
             hidden_compute = hidden
         weight_compute = weight.to(hidden_compute.dtype)
-        rows = (targets != IGNORED).nonzero().squeeze(1)
+        rows = (targets != IGNORED).nonzero().squeeze(1) if counted is None else counted
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
@@ -69,12 +74,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             logits = logits_of(x, weight_compute, softcap)
             log_total = torch.logsumexp(logits, dim=-1)
-            loss += (log_total - logits.gather(1, wanted[:, None]).squeeze(1)).sum()
+            counts = wanted != IGNORED
+            wanted = wanted.clamp_min(0)[:, None]
+            loss += ((log_total - logits.gather(1, wanted).squeeze(1)) * counts).sum()
             if not (needs_hidden or needs_weight):
                 continue
             slope = 1 - (logits / softcap) ** 2 if softcap else None
-            grad = logits.sub_(log_total[:, None]).exp_()  # softmax, in place of the logits
-            grad.scatter_add_(1, wanted[:, None], torch.full_like(wanted[:, None], -1, dtype=grad.dtype))
+            log_total.masked_fill_(~counts, float("inf"))
+            grad = logits.sub_(log_total[:, None]).exp_()  # softmax, in place of the logits; 0 where nothing counts
+            grad.scatter_add_(1, wanted, -counts[:, None].to(grad.dtype))
             if slope is not None:
                 grad *= slope
             grad = grad.to(x.dtype)
@@ -87,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (upstream,) = grads
         if ctx.over:
             raise RuntimeError("the backward pass of this head has run already, and used its gradients up")
@@ -98,11 +106,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else grad_weight.mul_(upstream).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
 def _softmax_in_place(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each row, fp32 [rows]; logits [rows, V] become their gradient, softmax less one at the target."""
+    """The loss of each row, fp32 [rows]; logits [rows, V] become their gradient, softmax less one at the target. Both
+    are 0 where no target counts.
+    """
     rows, vocab = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _row_loss[(rows,)](logits, targets, losses, logits.stride(0), vocab, BLOCK=8192, num_warps=16)
@@ -129,7 +140,10 @@ if triton is not None:
             highest = new
         top = tl.max(highest, 0)
         log_total = top + tl.log(tl.sum(total * tl.where(highest == float("-inf"), 0.0, tl.exp(highest - top)), 0))
-        tl.store(losses + row, log_total - tl.load(logits + target).to(tl.float32))
+        counts = target >= 0
+        own = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
+        tl.store(losses + row, tl.where(counts, log_total - own, 0.0))
+        log_total = tl.where(counts, log_total, float("inf"))
         tl.debug_barrier()  # the target's logit has been read before it is overwritten
         for start in range(0, vocab, BLOCK):
             at = start + columns

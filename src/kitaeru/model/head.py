@@ -36,7 +36,7 @@ def chunked_loss(model: PreTrainedModel) -> LossSum:
 
     def loss_sum(batch: MicroBatch) -> Tensor:
         hidden = decoder(**forward_arguments(batch)).last_hidden_state
-        return linear_cross_entropy(hidden.squeeze(0), head.weight, batch.targets[0], softcap)
+        return linear_cross_entropy(hidden.squeeze(0), head.weight, batch.targets[0], softcap, batch.counted)
 
     return loss_sum
 

@@ -36,6 +36,11 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def refresh() -> None:
+    """Let every site copy its adapters when they are next asked for."""
+    _count_step()
+
+
 class UnfitError(Exception):
     """Why a module is left as it is, for people: the run goes on."""
 

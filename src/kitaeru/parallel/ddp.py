@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from kitaeru.parallel import single
+from kitaeru.parallel.graphs import Replays
 from kitaeru.parallel.reducer import Reducer
 from kitaeru.parallel.start import same_start
 from kitaeru.parallel.types import Held, Named, Unit, Work
@@ -44,11 +45,14 @@ def deal(tokens: Sequence[int], ranks: int) -> list[list[int | None]]:
 def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     """The model as it is, with eyes on the gradients."""
     same_start(unit.model, named, world)
-    return Held(world, unit, named, Reducer([parameter for _, parameter in named]))
+    replays = Replays(named) if layout.graphs else None
+    return Held(world, unit, named, Reducer([parameter for _, parameter in named]), replays=replays)
 
 
 def gradients(held: Held, work: Work) -> dict[int, torch.Tensor]:
-    """One micro-batch after the other; in the last backward pass each bucket is sent off once it is full."""
+    """One micro-batch after the other; in the last backward pass each bucket is sent off once it is full, or
+    all are afterwards if it is replayed.
+    """
     return single.in_turn(held, work, _backward)
 
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from kitaeru.parallel.graphs import Replays
 from kitaeru.parallel.types import Held, Named, Unit, Work
 from kitaeru.parallel.world import World
 from kitaeru.plan.types import Layout
@@ -21,7 +22,7 @@ def deal(tokens: Sequence[int], ranks: int) -> list[list[int | None]]:
 
 def hold(unit: Unit, named: Named, world: World, layout: Layout) -> Held:
     """The model as it is."""
-    return Held(world, unit, named)
+    return Held(world, unit, named, replays=Replays(named) if layout.graphs else None)
 
 
 def inside(held: Held, function: Callable[[], T]) -> T:
@@ -38,12 +39,22 @@ def gradients(held: Held, work: Work) -> dict[int, torch.Tensor]:
 
 
 def in_turn(held: Held, work: Work, backward: Backward) -> dict[int, torch.Tensor]:
-    """A forward and a backward pass of each micro-batch; `backward` is given each loss, and whether it is the last."""
+    """A forward and a backward pass of each micro-batch; `backward` is given each loss, and whether it is the last,
+    unless the two passes are replayed.
+    """
     shares = {}
+    if held.replays is not None:
+        held.replays.begin()
     for place, number in enumerate(work.numbers):
         work.begin(number)
+        batch = work.batch(number, device_of(held))
+        if held.replays is not None and number is not None:
+            replayed = held.replays.passes(held.unit, batch, work)
+            if replayed is not None:
+                shares[number] = replayed
+                continue
         with work.autocast():
-            share = work.share(held.unit(work.batch(number, device_of(held))))
+            share = work.share(held.unit(batch))
         if number is None:
             share = share * 0
         else:

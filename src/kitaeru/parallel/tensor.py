@@ -386,7 +386,7 @@ def _own_tokens(held: Held, work: Work) -> Work:
     def batch(number: int | None, device: torch.device) -> MicroBatch:
         whole = work.batch(number, device)
         place = (whole.targets != IGNORED).cumsum(-1) % team.ranks
-        return replace(whole, targets=whole.targets.masked_fill(place != team.place, IGNORED))
+        return replace(whole, targets=whole.targets.masked_fill(place != team.place, IGNORED), counted=None)
 
     return replace(work, batch=batch)
 

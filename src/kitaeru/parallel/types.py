@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from kitaeru.data.types import MicroBatch
 from kitaeru.model.parts import Parts
 from kitaeru.parallel.world import World
 from kitaeru.plan.types import Layout
+
+if TYPE_CHECKING:
+    from kitaeru.parallel.graphs import Replays
 
 T = TypeVar("T")
 Named = list[tuple[str, nn.Parameter]]
@@ -70,7 +73,8 @@ class Held:
     its trained parameters are). `rows`: what it writes into checkpoints, if its pieces are rows. `first_rows`: the
     number of the first row of each piece, for an optimizer to which places matter. `optimizer`: the one
     that a strategy drives itself. `elsewhere`: how many numbers of the trained parameters, and of all, only others
-    have, where the model's parameters here are pieces themselves. `notices`: what a person should be told.
+    have, where the model's parameters here are pieces themselves. `replays`: micro-batches as CUDA graphs, where the
+    layout has them. `notices`: what a person should be told.
     """
 
     world: World
@@ -83,6 +87,7 @@ class Held:
     first_rows: Mapping[str, int] = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
     elsewhere: tuple[int, int] = (0, 0)
+    replays: Replays | None = None
     notices: tuple[str, ...] = ()
 
 

@@ -124,8 +124,14 @@ def test_triton_expands_as_the_reference(
     ours, theirs = (f(weights, by, adapter, extra, dtype, transposed=transposed) for f in (expand, expand_reference))
     assert apart(ours.float(), theirs.float()) < 0.006
     if extra:
-        width = ours.shape[1] - extra
-        assert apart(ours[:, width:].float(), theirs[:, width:].float()) < 0.006
+        sums = []
+        for found in (
+            ours,
+            theirs,
+        ):  # where a high part is on the edge between two numbers, the low one makes up for it
+            parts = found[:, -extra:].float()
+            sums.append(parts[:, :rank] + parts[:, rank : 2 * rank] if arithmetic == "fp8" else parts)
+        assert apart(*sums) < 0.006
 
 
 @pytest.mark.gpu

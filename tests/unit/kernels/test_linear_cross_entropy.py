@@ -32,6 +32,22 @@ def test_value_and_gradients_are_those_of_the_definition(rows, softcap):
     torch.testing.assert_close(got_w, w.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_rows_may_be_named_and_some_of_them_may_not_count(softcap):
+    x, w, targets = case(CHUNK_ROWS + 40)
+    counts = targets != -100
+    theirs = linear_cross_entropy(x, w, targets, softcap)
+    theirs.backward()
+    want_x, want_w = x.grad.clone(), w.grad.clone()
+    x.grad = w.grad = None
+    named = torch.cat([counts.nonzero().squeeze(1), (~counts).nonzero().squeeze(1)[:30]])
+    ours = linear_cross_entropy(x, w, targets, softcap, named)
+    ours.backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(x.grad, want_x, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(w.grad, want_w, rtol=1e-4, atol=1e-5)
+
+
 def test_the_gradient_is_the_numerical_one():
     x, w, targets = case(5, hidden=4, vocabulary=9)
     x, w = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
