@@ -313,7 +313,7 @@ class Pricing:
             return False
         load = self._load(layout)
         count, shape = load.micro_batches(layout), self.problem.shape
-        full = replace(layout, micro_batch_tokens=max(1, load.global_tokens // (layout.replicas * count)))
+        full = replace(layout, micro_batch_tokens=load.tokens_in(layout))
         fastest = max(self._pace(layout, "likely").devices, key=lambda rates: rates.gemm)
         layer = layer_on(full, shape, load, fastest)
         seconds = shape.layers * (layer.forward + layer.backward).seconds + layer.head.seconds
@@ -359,7 +359,8 @@ class Pricing:
 
     def _load(self, layout: Layout) -> Load:
         problem = self.problem
-        return Load(global_tokens(problem), problem.typical, setting_of(problem, layout), problem.even)
+        setting = setting_of(problem, layout)
+        return Load(global_tokens(problem), problem.typical, setting, problem.even, problem.short)
 
     def _candidate(self, layout: Layout) -> Candidate:
         """A layout with its cost; with CUDA graphs where they are left open, fit and are clearly faster."""

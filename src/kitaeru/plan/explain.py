@@ -28,7 +28,7 @@ FORMULAS: dict[str, str] = {
     "head": N_("512 rows of logits in 32 bits, up to 3 copies, and the gradient of what the head reads"),
     "workspace": N_("gradients of one layer while its backward pass runs, and one unpacked weight"),
     "graphs": N_(
-        "tokens x what a layer holds in a pass without gradients, or the head's part of that; what cuBLAS works in again"
+        "tokens x what a layer holds in a pass without gradients, or the head in its; and 32 MiB more for cuBLAS"
     ),
     "libraries": N_("on sm_90 32 MiB for each of two threads, elsewhere less"),
     "gathered": N_("two layers and the tables put together from all devices, or two layers that come from RAM"),
@@ -56,8 +56,8 @@ SPEED_FORMULAS: dict[str, str] = {
     ),
     "communication": N_("bytes between devices / the rate of the link, as far as computing does not hide it"),
     "host": N_(
-        "operations x seconds an operation (with CUDA graphs one launch), as far as computing does not hide it; and a time "
-        "for each step"
+        "operations x seconds an operation (with CUDA graphs one launch), as far as computing does not hide it; and a "
+        "time for each step"
     ),
     "bubble": N_("simulated pass by pass"),
     "offload": N_(

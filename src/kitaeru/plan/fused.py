@@ -16,6 +16,8 @@ from kitaeru.shape import Linear, ModelShape
 
 # Tokens that the MLP of a layer takes at a time where it is computed again, and a final norm.
 MLP_TOKENS = 16384
+# Sizes of micro-batches that CUDA graphs are made for, a quarter, two, three and all of the largest: others are padded.
+GRAPH_SIZES = 4
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # What reads the same tensor is one product.
 GROUPS: tuple[tuple[str, ...], ...] = (

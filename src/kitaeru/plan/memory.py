@@ -293,8 +293,11 @@ def moments(
         {"gradients": gradients, "head": table},
         {"gradients": gradients, "workspace": _step_workspace(layout, shape, setting)},
     ]
-    beside = {"graphs": CUBLAS_BYTES + validation_bytes(layout, shape, setting)} if layout.graphs else {}
-    return [{**moment, **beside} for moment in passing] if beside else passing
+    if not layout.graphs:
+        return passing
+    # Graphs are captured by one thread, on a stream of their own.
+    beside = CUBLAS_BYTES // 2 + validation_bytes(layout, shape, setting, head=head)
+    return [{**moment, "graphs": beside} for moment in passing]
 
 
 def validation_bytes(layout: Layout, shape: ModelShape, setting: Setting, *, head: bool = True) -> int:

@@ -146,8 +146,8 @@ def _why_graphs(problem: Problem, chosen: Candidate) -> str:
     layout = chosen.layout
     if layout.graphs:
         return tr(
-            "Launched kernel by kernel, layers would wait for the host; as one CUDA graph they do not. What it takes stays "
-            "taken, so validation needs {size:.1f} GB beside it.",
+            "Launched kernel by kernel, layers would wait for the host; as one CUDA graph they do not. What it takes "
+            "stays taken, so validation needs {size:.1f} GB beside it.",
             size=chosen.memory.get("graphs", 0) / GB,
         )
     replayed = replace(layout, graphs=True)
@@ -158,8 +158,8 @@ def _why_graphs(problem: Problem, chosen: Candidate) -> str:
     need, free = needed_bytes(replayed, peak), free_bytes(problem, layout)
     if need > free:
         return tr(
-            "What a CUDA graph takes stays taken while the run validates: that needs {need:.1f} GB, and {free:.1f} GB are "
-            "free.",
+            "What a CUDA graph takes stays taken while the run validates: that needs {need:.1f} GB, and {free:.1f} GB "
+            "are free.",
             need=need / GB,
             free=free / GB,
         )
@@ -169,8 +169,8 @@ def _why_graphs(problem: Problem, chosen: Candidate) -> str:
 def _graph_sentences(chosen: Candidate) -> Iterator[str]:
     if chosen.layout.graphs:
         yield tr(
-            "The passes of a micro-batch are launched as one CUDA graph, so the GPU does not wait for the host; that takes "
-            "{size:.1f} GB more. Without: --set train.cuda_graphs=false",
+            "The passes of a micro-batch are launched as one CUDA graph, so the GPU does not wait for the host; that "
+            "takes {size:.1f} GB more. Without: --set train.cuda_graphs=false",
             size=chosen.memory.get("graphs", 0) / GB,
         )
 

@@ -96,17 +96,30 @@ def pace(
 @dataclass(frozen=True)
 class Load:
     """What is to be done in a step: tokens over all devices, the length of the example a token is in, whether all are
-    of that length, the optimizer.
+    of that length, the optimizer; the tokens by which a batch is `short`, since no further example fits.
     """
 
     global_tokens: int
     typical: float
     setting: Setting
     even: bool = False
+    short: float = 0.0
 
     def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of a step on one replica."""
         return max(1, -(-self.global_tokens // (layout.replicas * layout.micro_batch_tokens)))
+
+    def tokens_in(self, layout: Layout) -> int:
+        """Tokens of a micro-batch on average. With CUDA graphs those are among them that pad the last of a step to one
+        of the sizes there are (`fused.GRAPH_SIZES`): half a size, or what a full batch is short of where that is less.
+        """
+        count, largest = self.micro_batches(layout), layout.micro_batch_tokens
+        tokens = max(1, self.global_tokens // (layout.replicas * count))
+        if not layout.graphs:
+            return tokens
+        half = largest / fused.GRAPH_SIZES / 2
+        full = -(-self.global_tokens // layout.replicas) % largest == 0
+        return tokens + int((min(half, self.short) if full else half) / count)
 
 
 # --- one pass ---------------------------------------------------------------------------------------------------------
@@ -232,7 +245,7 @@ class Step:
 def step(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> Step:
     """One optimizer step of a layout at given rates."""
     count = load.micro_batches(layout)
-    full = replace(layout, micro_batch_tokens=max(1, load.global_tokens // (layout.replicas * count)))
+    full = replace(layout, micro_batch_tokens=load.tokens_in(layout))
     if layout.strategy in ("pipeline", "model_parallel"):
         return _staged(full, shape, load, at, count)
     return _whole(full, shape, load, at, count)
@@ -350,7 +363,8 @@ def _end_of_step(
     shared = layout.shared_by if layout.strategy in ("fsdp", *ZERO) and not adapter_on_all else 1
     ending = {"optimizer": moved / shared / rates.stream}
     if adapter_on_all:
-        return ending, {"communication": _hidden(_all_reduce(layout, at, 4 * trained), 0.5 * micro)}
+        behind = 0.0 if layout.graphs else 0.5 * micro  # a graph is waited for as a whole
+        return ending, {"communication": _hidden(_all_reduce(layout, at, 4 * trained), behind)}
     if layout.strategy in ("zero1", "zero2"):
         gather = (layout.devices - 1) / layout.devices * 4 * trained / at.link.bytes_s
         reduced = _all_reduce(layout, at, 4 * trained) if layout.strategy == "zero1" else 0.0

@@ -29,7 +29,7 @@ UNPACKED_BYTES = {"none": 0.0, "nf4": 2.5, "int8": 3.0}
 # Bytes moved for a trained number: weight, gradient, moments, read and written, and the clipping's norm.
 ADAMW_BYTES = {"adamw": 40, "adamw_16bit": 32, "adamw_8bit": 22, "paged_adamw_8bit": 26, "lion": 28, "adafactor": 40}
 CPU_ADAMW_BYTES = 28
-# Kernels of the head for a chunk of rows: rows and targets fetched, two products, the loss and its sum, the rows put back.
+# Kernels of the head for a chunk of rows in a CUDA graph: rows and targets, two products, losses, sums, rows put back.
 GRAPH_HEAD_KERNELS = 8
 # A layer that is computed again leaves its last product out, the MLP's way down.
 FUSED_AGAIN = 0.75
