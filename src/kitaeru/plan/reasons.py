@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from kitaeru.i18n import tr
-from kitaeru.plan import fused
 from kitaeru.plan.decide import decide_seq_len
 from kitaeru.plan.layouts import illegal, waits_to_be_asked
 from kitaeru.plan.memory import memory_items
@@ -29,7 +28,7 @@ def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
         yield Decision("train.precision", layout.precision, _why_precision(problem))
     if recipe.train.arithmetic == "auto":
         yield Decision("train.arithmetic", layout.arithmetic, _why_arithmetic(problem, layout))
-    if recipe.train.cuda_graphs is None and layout.device == "cuda" and fused.is_fused(layout):
+    if recipe.train.cuda_graphs is None:
         yield Decision("train.cuda_graphs", layout.graphs, _why_graphs(problem, chosen))
     if recipe.method == "auto":
         yield Decision("method", layout.method, _why_method(problem, layout))
