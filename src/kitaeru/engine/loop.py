@@ -96,12 +96,19 @@ class Loop(Kept):
         trained = batches.trained_tokens
         multiplier = rate(index, self.total, self.section)
         set_rate(trainee.optimizer, multiplier)
-        while (losses := self._gradients(batches, trained, index)) is None:
+        while True:
+            shares = self._gradients(batches, trained, index)
+            # Alone, all of it is launched before anything is waited for.
+            early = self._clipped() if shares is not None and self.world.size == 1 else None
+            losses = self._together(shares, len(batches))
+            if losses is not None:
+                break
             self.sampler.load_state_dict(before)
             self.ladder.down(index)
             batches = self._split(self.sampler.next())
         loss = float(losses.sum())
-        norm, skipped = self._update(loss, losses, batches, index)
+        norm = float(self._clipped() if early is None else early)
+        skipped = self._update(loss, norm, losses, batches, index)
         self.progress.step += 1
         if trainee.held.replays is not None and (why := trainee.held.replays.excuse()) is not None:
             text = tr("Micro-batches are launched kernel by kernel: they cannot be CUDA graphs ({why}).", why=why)
@@ -146,12 +153,13 @@ class Loop(Kept):
             filled=self.trainee.plan.layout.graphs,
         )
 
-    def _gradients(self, batches: MicroBatches, trained: int, index: int) -> torch.Tensor | None:
-        """Accumulate the gradients of the global batch; each micro-batch's share of the mean loss, on the CPU. None
-        when memory ran out on any rank: then the gradients are nobody's.
+    def _gradients(self, batches: MicroBatches, trained: int, index: int) -> dict[int, torch.Tensor] | None:
+        """Accumulate the gradients of the global batch; the share of the mean loss of each micro-batch that this rank
+        has computed. None when memory ran out on it: then the gradients are nobody's.
         """
         trainee = self.trainee
-        trainee.model.train()
+        if not trainee.model.training:  # asking thousands of modules takes 10 ms
+            trainee.model.train()
 
         def begin(number: int | None) -> None:
             # Dropout and noise depend on the seed, the step, the place in it and the layer alone: a resumed run draws
@@ -166,7 +174,7 @@ class Loop(Kept):
         self.world.pulse.waiting()
         trainee.strategy.reduce(trainee.held)
         self.clock.mark("whole")
-        return self._together(shares, len(batches))
+        return shares
 
     def _passes(self, passes: Callable[[], dict[int, torch.Tensor]]) -> dict[int, torch.Tensor] | None:
         """What they give; None when memory ran out on this rank, and nothing of them is left."""
@@ -199,7 +207,7 @@ class Loop(Kept):
 
     def _together(self, mine: dict[int, torch.Tensor] | None, count: int) -> torch.Tensor | None:
         """One number for each of `count` micro-batches, from the ranks that have computed them; None when any rank has
-        failed to.
+        failed to. On the CPU.
         """
         values = torch.zeros(count + 1, dtype=torch.float64)
         if mine is None:
@@ -209,17 +217,21 @@ class Loop(Kept):
         values = self.world.sum(values)
         return None if values[count] else values[:count]
 
-    def _update(self, loss: float, shares: torch.Tensor, batches: MicroBatches, index: int) -> tuple[float, bool]:
-        """Change the weights, unless the loss forbids it. Returns the gradient norm and whether it was skipped."""
-        trainee, section = self.trainee, self.section
+    def _clipped(self) -> torch.Tensor:
+        """The norm of the whole gradient, which is clipped to what the recipe allows."""
+        trainee = self.trainee
         trainee.scaler.unscale_(trainee.optimizer)
-        limit = section.max_grad_norm or math.inf
-        whole_norm = trainee.strategy.norm(trainee.held)
+        limit = self.section.max_grad_norm or math.inf
+        norm = trainee.strategy.norm(trainee.held)
         if isinstance(trainee.optimizer, AdamW16):
-            trainee.optimizer.clip(limit, float(whole_norm))
+            trainee.optimizer.clip(limit, float(norm))
         else:
-            torch.nn.utils.clip_grads_with_norm_([p for _, p in trainee.named], limit, whole_norm)
-        norm = float(whole_norm)
+            torch.nn.utils.clip_grads_with_norm_([p for _, p in trainee.named], limit, norm)
+        return norm
+
+    def _update(self, loss: float, norm: float, shares: torch.Tensor, batches: MicroBatches, index: int) -> bool:
+        """Change the weights, unless the loss forbids it. Returns whether it was skipped."""
+        trainee = self.trainee
         verdict = self.watch.verdict(loss)
         # An overflow is fp16's daily bread while the scaler can still scale down; below 1 it is no overflow.
         overflow = trainee.scaler.is_enabled() and not math.isfinite(norm) and trainee.scaler.get_scale() >= 1
@@ -236,7 +248,7 @@ class Loop(Kept):
                 self.ladder.caught(error, index, again=False)
         trainee.scaler.update()
         trainee.optimizer.zero_grad(set_to_none=True)
-        return norm, skipped
+        return skipped
 
     def _gate(self, index: int) -> None:
         """Look at every gradient of the first two steps that count (of a start or a resumption)."""

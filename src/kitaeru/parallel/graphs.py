@@ -96,6 +96,7 @@ class Replays:
         refresh()  # within the graph, of adapters as they will be
         try:
             with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # goes back to it even if the capture fails
                 torch.autograd.set_multithreading_enabled(False),
                 torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
             ):
@@ -104,8 +105,11 @@ class Replays:
                 loss.backward(factor)
                 loss = loss.detach()
         except RuntimeError as error:  # what torch raises where memory runs out is one too
-            self._why_off = str(error).partition("\n")[0]
+            self._why_off = str(error.__context__ or error).partition("\n")[0]
+            del graph
             self.drop()
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # tells the random numbers that no capture is under way
+                factor.add_(1)
             return None
         finally:
             refresh()  # nothing has been computed yet

@@ -60,6 +60,7 @@ def in_turn(held: Held, work: Work, backward: Backward) -> dict[int, torch.Tenso
         else:
             shares[number] = share.detach()
         backward(held, work.scale(share), place == len(work.numbers) - 1)
+        del share  # and with it the graph of this pass: what is captured next must not meet its nodes
     return shares
 
 

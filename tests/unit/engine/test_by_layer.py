@@ -64,7 +64,7 @@ def make(training, chat_data, tiny_model, tmp_path_factory):
 
 def gradients(made: Any) -> dict[str, torch.Tensor]:
     batches = made.loop._split(made.loop.sampler.next())
-    losses = made.loop._gradients(batches, batches.trained_tokens, 0)
+    losses = made.loop._together(made.loop._gradients(batches, batches.trained_tokens, 0), len(batches))
     assert len(losses) > 1
     return {"losses": losses, **{name: p.grad.clone() for name, p in made.trainee.named if p.grad is not None}}
 

@@ -144,9 +144,9 @@ def test_nan_is_skipped_and_told(training, tiny_model, chat_data, tmp_path):
     place = poison(made, 2)
     before, update = {}, made.loop._update
 
-    def update_and_compare(loss, shares, batches, index):
+    def update_and_compare(loss, norm, shares, batches, index):
         before[index] = made.weights()
-        return update(loss, shares, batches, index)
+        return update(loss, norm, shares, batches, index)
 
     made.loop._update = update_and_compare
     with training.logged(tmp_path / "events.jsonl") as log:
