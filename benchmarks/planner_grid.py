@@ -212,7 +212,9 @@ def wish_of(point: Point, folder: str, *, small: bool = False) -> tuple[Recipe, 
             "method": point.method,
             "strategy": "single",
             "limits": limits,
+            # The memory of CUDA graphs is that of a validation, which is not measured here.
             "train": {"global_batch_tokens": max(step, seq_len), "max_steps": STEPS, "learning_rate": 1e-5}
+            | {"cuda_graphs": False}
             | ({} if point.arithmetic == "auto" else {"arithmetic": point.arithmetic}),
         }
     )

@@ -27,7 +27,7 @@ MACHINES: dict[str, tuple[str, str]] = {
 }
 # Beside each model's own best: whole training of the sizes that people ask for first.
 FULL = ("meta-llama/Llama-2-7b-hf", "elyza/Llama-3-ELYZA-JP-8B")
-HEAD = f"{'model':<50}{'best built':<38}{'GB':>6}{'tokens/s':>15}   {'best not built yet':<50}{'GB':>6}{'tokens/s':>15}"
+HEAD = f"{'model':<50}{'best built':<38}{'GB':>6}{'tokens/s':>17}   {'best not built yet':<50}{'GB':>6}{'tokens/s':>17}"
 
 
 def table(gpus: str, ram: str) -> str:
@@ -64,11 +64,11 @@ def _rate(candidate: Candidate) -> float:
 
 def _cells(candidate: Candidate | None, width: int) -> str:
     if candidate is None:
-        return f"{'—':<{width + 21}}"
+        return f"{'—':<{width + 23}}"
     speed = candidate.speed
     assert speed is not None
     rate = f"{float(f'{speed.low:.2g}'):,.0f}-{float(f'{speed.high:.2g}'):,.0f}"
-    return f"{candidate.layout.name:<{width}}{max(candidate.device_peaks) / 1e9:>6.1f}{rate:>15}"
+    return f"{candidate.layout.name:<{width}}{max(candidate.device_peaks) / 1e9:>6.1f}{rate:>17}"
 
 
 def file_of(name: str) -> Path:

@@ -25,6 +25,7 @@ PLANNED = (
     "train.optimizer",
     "train.precision",
     "train.arithmetic",
+    "train.cuda_graphs",
     "train.warmup_steps",
     "train.eval_every",
     "train.save_every",

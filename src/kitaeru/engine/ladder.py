@@ -51,6 +51,7 @@ class Rung:
             micro_batch_tokens=self.micro_batch_tokens,
             activations=self.activations,
             recomputed=self.recomputed,
+            graphs=planned.graphs and self.activations != "offload",
         )
 
     def event(self) -> SteppedDown:
@@ -113,7 +114,7 @@ def lower(layout: Layout, *, longest: int, packing: bool, layers: int) -> Layout
         return replace(layout, activations="recompute", recomputed=0)
     from_ram = layout.variant.startswith("offload")  # whose weights have the link already
     if layout.activations == "recompute" and by_layer and layout.device == "cuda" and not from_ram:
-        return replace(layout, activations="offload")
+        return replace(layout, activations="offload", graphs=False)
     return None
 
 

@@ -84,7 +84,7 @@ def preflight(loop: Loop) -> None:
         Preflight(
             tokens=batches.tokens[0],
             peak_bytes=max(peaks),
-            planned_bytes=max(trainee.plan.chosen.device_peaks),
+            planned_bytes=trainee.plan.chosen.step_bytes,
             seconds=time.perf_counter() - started,
         )
     )

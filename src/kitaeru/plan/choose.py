@@ -14,6 +14,7 @@ from typing import Literal
 from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
+from kitaeru.plan import fused
 from kitaeru.plan.activations import input_bytes, one_layer_bytes
 from kitaeru.plan.calibrate import Profile, own_profile
 from kitaeru.plan.decide import decide_learning, default_seq_len, fill
@@ -47,6 +48,8 @@ __all__ = ["Survey", "default_seq_len", "make_plan", "survey"]
 TIE = 0.02
 # How many times as fast activations in RAM must be to be taken: nothing must go wrong there.
 OFFLOAD_GAIN = 1.1
+# CUDA graphs are taken where they make a step shorter by so much: they hold on to memory.
+GRAPH_GAIN = 1.03
 STAGED = ("pipeline", "model_parallel")
 # Items of RAM that make a layout lean on it.
 OFFLOADED = ("optimizer", "activations")
@@ -310,7 +313,7 @@ class Pricing:
             return False
         load = self._load(layout)
         count, shape = load.micro_batches(layout), self.problem.shape
-        full = replace(layout, micro_batch_tokens=max(1, load.global_tokens // (layout.replicas * count)))
+        full = replace(layout, micro_batch_tokens=load.tokens_in(layout))
         fastest = max(self._pace(layout, "likely").devices, key=lambda rates: rates.gemm)
         layer = layer_on(full, shape, load, fastest)
         seconds = shape.layers * (layer.forward + layer.backward).seconds + layer.head.seconds
@@ -340,7 +343,7 @@ class Pricing:
                     arrangement.strategy, method, base, problem.precision, activations, tokens, device,
                     arrangement.devices, arrangement.variant, arrangement.replicas, arrangement.chunks,
                     arithmetic=arithmetic,
-                    shards=arrangement.shards, recomputed=recomputed,
+                    shards=arrangement.shards, recomputed=recomputed, graphs=bool(problem.recipe.train.cuda_graphs),
                 )
                 for tokens in sizes
             ]  # fmt: skip
@@ -356,9 +359,18 @@ class Pricing:
 
     def _load(self, layout: Layout) -> Load:
         problem = self.problem
-        return Load(global_tokens(problem), problem.typical, setting_of(problem, layout), problem.even)
+        setting = setting_of(problem, layout)
+        return Load(global_tokens(problem), problem.typical, setting, problem.even, problem.short)
 
     def _candidate(self, layout: Layout) -> Candidate:
+        """A layout with its cost; with CUDA graphs where they are left open, fit and are clearly faster."""
+        plain, recipe = self._priced(layout), self.problem.recipe
+        if not plain.fits or recipe.train.cuda_graphs is not None or not fused.replays(layout, recipe):
+            return plain
+        graphs = self._priced(replace(layout, graphs=True))
+        return graphs if graphs.fits and _seconds(graphs) * GRAPH_GAIN < _seconds(plain) else plain
+
+    def _priced(self, layout: Layout) -> Candidate:
         problem = self.problem
         load = self._load(layout)
         likely = self._pace(layout, "likely")

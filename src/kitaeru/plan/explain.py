@@ -27,6 +27,9 @@ FORMULAS: dict[str, str] = {
     ),
     "head": N_("512 rows of logits in 32 bits, up to 3 copies, and the gradient of what the head reads"),
     "workspace": N_("gradients of one layer while its backward pass runs, and one unpacked weight"),
+    "graphs": N_(
+        "tokens x what a layer holds in a pass without gradients, or the head in its; and 32 MiB more for cuBLAS"
+    ),
     "libraries": N_("on sm_90 32 MiB for each of two threads, elsewhere less"),
     "gathered": N_("two layers and the tables put together from all devices, or two layers that come from RAM"),
     "communication": N_("five buckets of 32 MiB of gradients, or what stages hand over"),
@@ -52,7 +55,10 @@ SPEED_FORMULAS: dict[str, str] = {
         "its rate"
     ),
     "communication": N_("bytes between devices / the rate of the link, as far as computing does not hide it"),
-    "host": N_("operations x seconds an operation, as far as computing does not hide it; and a time for each step"),
+    "host": N_(
+        "operations x seconds an operation (with CUDA graphs one launch), as far as computing does not hide it; and a "
+        "time for each step"
+    ),
     "bubble": N_("simulated pass by pass"),
     "offload": N_(
         "bytes to and from RAM / the rate of copies; a layer's input down and up; as far as computing does not hide it"
@@ -65,7 +71,7 @@ MEMORY_GROUPS: dict[str, tuple[str, ...]] = {
     "weights": ("weights", "quantization", "gathered", "process"),
     "trained": ("adapter", "gradients", "optimizer", "weight_casts"),
     "activations": ("activations",),
-    "work": ("head", "workspace", "libraries", "communication"),
+    "work": ("head", "workspace", "graphs", "libraries", "communication"),
 }
 
 

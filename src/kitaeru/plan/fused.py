@@ -11,11 +11,13 @@ from functools import lru_cache
 
 from kitaeru.plan.stored import adapted
 from kitaeru.plan.types import Arithmetic, Layout
-from kitaeru.recipe.types import LoraSection
+from kitaeru.recipe.types import LoraSection, Recipe
 from kitaeru.shape import Linear, ModelShape
 
 # Tokens that the MLP of a layer takes at a time where it is computed again, and a final norm.
 MLP_TOKENS = 16384
+# Sizes of micro-batches that CUDA graphs are made for, a quarter, two, three and all of the largest: others are padded.
+GRAPH_SIZES = 4
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # What reads the same tensor is one product.
 GROUPS: tuple[tuple[str, ...], ...] = (
@@ -80,6 +82,30 @@ def why_not(shape: ModelShape, lora: LoraSection) -> str | None:
     return None
 
 
+def no_graphs(layout: Layout, recipe: Recipe) -> str | None:
+    """What keeps a micro-batch's passes from being one CUDA graph; None where they can. For `plan.layouts`.
+
+    A graph repeats the same kernels on the same addresses: nothing in it may be drawn, copied to the host, or wait for
+    other devices; its micro-batches are padded to a few sizes.
+    """
+    if layout.device != "cuda":
+        return "device"
+    if not is_fused(layout) or layout.precision != "bf16":
+        return "layers"
+    if layout.strategy not in ("single", "ddp") or layout.variant:
+        return "way"
+    if layout.activations == "offload":
+        return "activations"
+    if recipe.train.neftune_alpha is not None:
+        return "noise"
+    return None if recipe.data.packing else "packing"
+
+
+def replays(layout: Layout, recipe: Recipe) -> bool:
+    """Whether a micro-batch's passes can be one CUDA graph (`Layout.graphs`)."""
+    return no_graphs(layout, recipe) is None
+
+
 def _number(layout: Layout) -> int:
     """Bytes of a number that a product reads."""
     return 1 if layout.in_8_bits else _width(layout)
@@ -141,6 +167,21 @@ def workspace_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int
     return max(forward, middle + whole, back, attention - gone)
 
 
+def forward_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
+    """What a layer holds at its fullest in a pass without gradients (`FusedLayer.through`), its input and result
+    counted: attention's part, which is let go of as a whole; the MLP, a piece of the tokens at a time, when its gate
+    is computed, or the product before it with its expanded weight.
+    """
+    n, w, qkv, out, both, down = _number(layout), _width(layout), *groups(shape, lora)
+    h, f, tokens = shape.hidden, shape.intermediate, layout.micro_batch_tokens
+    piece, through = min(tokens, MLP_TOKENS), n * (h + both.extra(layout))
+    rows = n * (h + qkv.extra(layout)) + max(n * (shape.q_size + out.extra(layout)), through)
+    attention = tokens * (3 * w * h + rows + 2 * w * (shape.q_size + shape.kv_size) + 4 * shape.heads)
+    stream = tokens * (2 * w * h + through)
+    gate = stream + piece * (2 * w * f + n * (f + down.extra(layout)) + w * h)
+    return max(attention, gate, stream + piece * 2 * w * f + n * h * (2 * f + both.extra(layout)))
+
+
 def held_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[int, int]:
     """Bytes of scales of the rows and columns of the frozen weights, and of the adapters' copies in the layers' width,
     each B with room for the others of its group.
@@ -196,3 +237,22 @@ def operations(layout: Layout, *, forward: bool) -> float:
     four adapters are turned in each.
     """
     return (138.0 if forward else 230.0) + _turns(layout) * 18.0
+
+
+# Kernels of a layer's pass besides the copies of its adapters, FP8 and 16 bits alike: counted in the code that launches
+# them. In INT8 each group's adapter is turned as well.
+KERNELS_FORWARD, KERNELS_BACKWARD, KERNELS_TURNING = 19, 45, 4
+
+
+def kernels(layout: Layout, shape: ModelShape, lora: LoraSection, *, forward: bool) -> int:
+    """Kernels of one layer's pass, each of which costs a gap on the device even where a graph launches them all at
+    once. The forward pass copies A and B of each adapter into the layers' width.
+
+    >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
+    >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda", arithmetic="fp8", graphs=True)
+    >>> [kernels(layout, llama, LoraSection(), forward=forward) for forward in (True, False)]
+    [33, 45]
+    """
+    turning = KERNELS_TURNING * _turns(layout)
+    copies = 2 * len({linear.name for linear in adapted(shape, lora)})
+    return turning + (KERNELS_FORWARD + copies if forward else KERNELS_BACKWARD)

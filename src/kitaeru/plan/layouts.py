@@ -378,6 +378,24 @@ def _fused_layers_are_known(case: Case) -> str | None:
     return None
 
 
+def _graphs_hold_fused_layers(case: Case) -> str | None:
+    layout = case.layout
+    reason = fused.no_graphs(layout, case.recipe) if layout.graphs else None
+    if reason == "device":
+        return tr("CUDA graphs need a GPU.")
+    if reason == "layers":
+        return tr("A CUDA graph holds fused layers in bf16, and these layers run as the model's own code.")
+    if reason == "way":
+        return tr("CUDA graphs are for single and ddp: with {way} a device waits for others in a pass.", way=layout.way)
+    if reason == "activations":
+        return tr("Activations that go to RAM are no part of a CUDA graph.")
+    if reason == "noise":
+        return tr("NEFTune draws noise for each micro-batch, and a CUDA graph draws nothing.")
+    if reason == "packing":
+        return tr("A CUDA graph is for micro-batches of a few sizes: it takes `data.packing: true`.")
+    return None
+
+
 def _eight_bits_need_units(case: Case) -> str | None:
     device, arithmetic = case.device, case.layout.arithmetic
     if case.layout.device == "cpu" or device is None or arithmetic == "plain":
@@ -444,6 +462,7 @@ RULES: tuple[Rule, ...] = (
     _layers_from_ram_are_computed_twice,
     _disk_keeps_frozen_layers,
     _fused_layers_are_known,
+    _graphs_hold_fused_layers,
     _eight_bits_need_units,
     _zero3_cuts_numbers,
     _zero_changes_every_weight,

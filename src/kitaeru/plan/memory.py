@@ -8,6 +8,7 @@ in them, `device_overhead_bytes` and the margin of `choose` stand for those.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from kitaeru.i18n import N_
@@ -60,6 +61,7 @@ ITEMS: dict[str, str] = {
     "activations": N_("what the layers keep for the backward pass"),
     "head": N_("the output head and the loss, a chunk of rows at a time"),
     "workspace": N_("what one layer holds while its backward pass runs"),
+    "graphs": N_("what validation works in, beside the memory that CUDA graphs keep"),
     "libraries": N_("what cuBLAS works in, as long as the process lives"),
     "gathered": N_("weights gathered from the other devices for the layers at work"),
     "communication": N_("buffers of what is sent between devices"),
@@ -214,7 +216,8 @@ def memory_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[st
     """Bytes by item at the moment of a training step when their sum is largest; they add up to the predicted peak.
 
     The moments compared: the loss head of the last micro-batch, the last norm's and the last layer's backward pass, the
-    end of it (every gradient there, one layer kept), and the optimizer's step.
+    end of it (every gradient there, one layer kept), and the optimizer's step. With CUDA graphs, whose memory stays
+    taken, it is the moment of a validation: what the fullest moment of the passes took, and what that works in.
     """
     stored = stored_items(layout, shape, setting)
     every = [{**stored, **moment} for moment in moments(layout, shape, setting)]
@@ -255,7 +258,7 @@ def moments(
     """
     layout = layout.of_one_device
     gradients = 4 * trained_parameters(layout, shape, setting.lora)
-    held = gradients if setting.accumulates else 0
+    held = gradients if setting.accumulates or layout.graphs else 0
     casts = cast_bytes(layout, shape, setting.lora)
     some, layers = layout.again(shape.layers), max(1, shape.layers)
     still_cast = casts
@@ -282,7 +285,7 @@ def moments(
         again = 0
     if compute_bytes(layout) == 2:  # by then what the last norm kept is gone, or it is not there yet
         again -= int(last_norm_bytes(layout, shape) * sets)
-    return [
+    passing = [
         *(with_head if head else ()),
         {**start, "activations": kept + again, "workspace": layer},
         *later,
@@ -290,6 +293,20 @@ def moments(
         {"gradients": gradients, "head": table},
         {"gradients": gradients, "workspace": _step_workspace(layout, shape, setting)},
     ]
+    if not layout.graphs:
+        return passing
+    # Graphs are captured by one thread, on a stream of their own.
+    beside = CUBLAS_BYTES // 2 + validation_bytes(layout, shape, setting, head=head)
+    return [{**moment, "graphs": beside} for moment in passing]
+
+
+def validation_bytes(layout: Layout, shape: ModelShape, setting: Setting, *, head: bool = True) -> int:
+    """What a forward pass that keeps nothing works in: in a layer, or in the output `head`."""
+    if fused.is_fused(layout):
+        layer = fused.forward_bytes(layout, shape, setting.lora)
+    else:
+        layer = one_layer_bytes(layout, shape, setting) + workspace_bytes(layout, shape, setting.lora)[1]
+    return max(layer, head_bytes(replace(layout, method="lora"), shape) if head else 0)
 
 
 def _step_workspace(layout: Layout, shape: ModelShape, setting: Setting) -> int:

@@ -25,6 +25,8 @@ def not_legal(problem: Problem, reasons: Sequence[str]) -> PlanError:
     recipe = problem.recipe
     if recipe.limits.device == "cuda" and problem.device is None:
         remedy = tr("Leave `limits.device` out to train on the CPU, or look for the GPU with `kitaeru doctor`.")
+    elif recipe.train.cuda_graphs:
+        remedy = tr("Leave `train.cuda_graphs` out: then they are used where they can be.")
     elif recipe.strategy == "single" and problem.hardware.hosts > 1:
         remedy = tr("Leave `strategy` out.")
     elif recipe.train.precision in ("bf16", "fp16"):
@@ -106,9 +108,14 @@ def _nearest(problem: Problem, price: Pricer) -> str | None:
 
 
 def _changes(problem: Problem) -> Iterator[Change]:
-    """Changes from small to large: recomputation, a smaller micro-batch, shorter examples, another method, a disk."""
+    """Changes from small to large: no graphs, recomputation, a smaller micro-batch, shorter examples, another method, a
+    disk.
+    """
     recipe = problem.recipe
     loose: Change = {}
+    if recipe.train.cuda_graphs:
+        loose["train.cuda_graphs"] = False
+        yield dict(loose)
     if recipe.limits.checkpointing is False:
         loose["limits.checkpointing"] = True
         yield dict(loose)

@@ -70,6 +70,11 @@ class Problem:
         return self.facts is not None and 0 < self.facts.tokens == self.facts.examples * self.facts.longest
 
     @property
+    def short(self) -> float:
+        """Tokens by which a batch is short of what it may have, on average: half of the example that did not fit."""
+        return 0.0 if self.facts is None or self.even else self.typical / 2
+
+    @property
     def usual_micro_batch(self) -> int:
         """Tokens that keep the device busy."""
         return CPU_MICRO_BATCH_TOKENS if self.device is None else GPU_MICRO_BATCH_TOKENS

@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from kitaeru.plan.activations import one_layer_bytes
 from kitaeru.plan.deepspeed import BUCKET_NUMBERS
 from kitaeru.plan.from_ram import device_moments
 from kitaeru.plan.layouts import SHARDED, ZERO
-from kitaeru.plan.memory import CPU_PROCESS_BYTES, ITEMS, head_bytes, moments, stored_items, workspace_bytes
+from kitaeru.plan.memory import CPU_PROCESS_BYTES, ITEMS, moments, stored_items, validation_bytes
 from kitaeru.plan.pipeline import in_flight
 from kitaeru.plan.stored import (
     Setting,
@@ -207,7 +206,8 @@ def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, 
 
     Loading: what is stored, and one weight in 16 bits while it is packed; with fsdp, zero3 and tensor also the layer
     that is being cut and the next one, whole. First step: as a steady one, but the optimizer has no state before its
-    step. Evaluation: a forward pass that keeps nothing. Saving: what is stored, and one layer gathered.
+    step. Evaluation: a forward pass that keeps nothing. Saving: what is stored, and one layer gathered. What CUDA
+    graphs take stays taken in both.
     """
     every = rank_moments(layout, shape, setting, rank, micro_batches)
     part = part_of(layout, shape, rank, micro_batches)
@@ -215,10 +215,7 @@ def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, 
     stored = {name: every[-1].get(name, 0) for name in lasting}
     resident = sum(stored.values()) - stored["optimizer"]
     packed = 2 * max(linear.weights for linear in shape.linears()) if layout.base != "none" else 0
-    forward = max(
-        one_layer_bytes(layout, part.shape, setting) + workspace_bytes(layout, part.shape, setting.lora)[1],
-        head_bytes(replace(layout, method="lora"), part.shape) if part.head else 0,
-    )
+    forward = validation_bytes(layout, part.shape, setting, head=part.head)
     gathered = max(moment.get("gathered", 0) for moment in every)
     if trains_from_ram(layout):  # a layer is read in 32 bits, and the next one
         packed += LAYERS_GATHERED * layer_weight_bytes(layout, shape)[0]
@@ -226,11 +223,14 @@ def phase_peaks(layout: Layout, shape: ModelShape, setting: Setting, rank: int, 
         packed += gathered_bytes(replace(layout, variant=""), shape)
     elif layout.strategy == "tensor":
         packed += LAYERS_GATHERED * layer_weight_bytes(layout, shape)[0]
-    without = [sum(moment.values()) - moment.get("optimizer", 0) for moment in every[:-1]]
+    beside = every[-1].get("graphs", 0)
+    whole = [sum(moment.values()) - beside for moment in every]
+    without = [size - moment.get("optimizer", 0) for size, moment in zip(whole[:-1], every[:-1], strict=True)]
+    steady, lasts = max(whole), resident + stored["optimizer"]
     return {
         "loading": resident + packed,
-        "first_step": max([*without, sum(every[-1].values())]),
-        "steady_step": max(sum(moment.values()) for moment in every),
-        "evaluation": resident + stored["optimizer"] + gathered + forward,
-        "saving": resident + stored["optimizer"] + (gathered if layout.strategy in SHARDED else 0),
+        "first_step": max([*without, whole[-1]]),
+        "steady_step": steady,
+        "evaluation": steady + beside if layout.graphs else lasts + gathered + forward,
+        "saving": steady if layout.graphs else lasts + (gathered if layout.strategy in SHARDED else 0),
     }

@@ -10,6 +10,7 @@ from kitaeru.plan.decide import decide_seq_len
 from kitaeru.plan.layouts import illegal, waits_to_be_asked
 from kitaeru.plan.memory import memory_items
 from kitaeru.plan.problem import GB, Problem, free_bytes, global_tokens, needed_bytes, setting_of
+from kitaeru.plan.ranks import rank_items
 from kitaeru.plan.stored import compute_bytes, packs_experts, trained_parameters, trains_all, trains_from_ram
 from kitaeru.plan.types import Candidate, Decision, Layout
 from kitaeru.recipe.types import Optimizer
@@ -27,6 +28,8 @@ def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
         yield Decision("train.precision", layout.precision, _why_precision(problem))
     if recipe.train.arithmetic == "auto":
         yield Decision("train.arithmetic", layout.arithmetic, _why_arithmetic(problem, layout))
+    if recipe.train.cuda_graphs is None:
+        yield Decision("train.cuda_graphs", layout.graphs, _why_graphs(problem, chosen))
     if recipe.method == "auto":
         yield Decision("method", layout.method, _why_method(problem, layout))
     if recipe.train.optimizer == "auto":
@@ -138,6 +141,39 @@ def _why_arithmetic(problem: Problem, layout: Layout) -> str:
     return reason or tr("The model's own code; fused kernels are for GPUs.")
 
 
+def _why_graphs(problem: Problem, chosen: Candidate) -> str:
+    layout = chosen.layout
+    if layout.graphs:
+        return tr(
+            "Launched kernel by kernel, layers would wait for the host; as one CUDA graph they do not. What it takes "
+            "stays taken, so validation needs {size:.1f} GB beside it.",
+            size=chosen.memory.get("graphs", 0) / GB,
+        )
+    replayed = replace(layout, graphs=True)
+    reason = illegal(replayed, problem.recipe, problem.device, problem.shape)
+    if reason is not None:
+        return reason
+    peak = sum(rank_items(replayed, problem.shape, setting_of(problem, layout), 0, 1).values())
+    need, free = needed_bytes(replayed, peak), free_bytes(problem, layout)
+    if need > free:
+        return tr(
+            "What a CUDA graph takes stays taken while the run validates: that needs {need:.1f} GB, and {free:.1f} GB "
+            "are free.",
+            need=need / GB,
+            free=free / GB,
+        )
+    return tr("Micro-batches are large enough that layers hardly wait for the host.")
+
+
+def _graph_sentences(chosen: Candidate) -> Iterator[str]:
+    if chosen.layout.graphs:
+        yield tr(
+            "The passes of a micro-batch are launched as one CUDA graph, so the GPU does not wait for the host; that "
+            "takes {size:.1f} GB more. Without: --set train.cuda_graphs=false",
+            size=chosen.memory.get("graphs", 0) / GB,
+        )
+
+
 def _why_activations(problem: Problem, chosen: Candidate) -> str:
     layout, shape = chosen.layout, problem.shape
     if layout.activations == "keep" and not layout.recomputed:
@@ -193,6 +229,7 @@ def why_chosen(problem: Problem, chosen: Candidate, link: str = "", faster: Cand
         ),
         *_speed_sentences(chosen),
         *_arithmetic_sentences(layout),
+        *_graph_sentences(chosen),
         *_sharing_sentences(problem, chosen, link),
         *([_why_offload(chosen)] if layout.activations == "offload" else []),
         *_ram_sentences(problem, chosen),

@@ -37,6 +37,8 @@ from kitaeru.shape import ModelShape
 
 # Where launching and computing take equally long, neither hides all of the other.
 UNHIDDEN = 0.15
+# Seconds of the host to launch a CUDA graph, with its inputs copied; seconds between one kernel in it and the next.
+GRAPH_LAUNCH, GRAPH_KERNEL = 50e-6, 1.5e-6
 # A simulated step has at most this many micro-batches; more follow the same beat.
 SIMULATED = 48
 # What one NVMe disk gives in large pieces; a layer read a moment ago comes from RAM where there is room, and faster.
@@ -94,17 +96,30 @@ def pace(
 @dataclass(frozen=True)
 class Load:
     """What is to be done in a step: tokens over all devices, the length of the example a token is in, whether all are
-    of that length, the optimizer.
+    of that length, the optimizer; the tokens by which a batch is `short`, since no further example fits.
     """
 
     global_tokens: int
     typical: float
     setting: Setting
     even: bool = False
+    short: float = 0.0
 
     def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of a step on one replica."""
         return max(1, -(-self.global_tokens // (layout.replicas * layout.micro_batch_tokens)))
+
+    def tokens_in(self, layout: Layout) -> int:
+        """Tokens of a micro-batch on average. With CUDA graphs those are among them that pad the last of a step to one
+        of the sizes there are (`fused.GRAPH_SIZES`): half a size, or what a full batch is short of where that is less.
+        """
+        count, largest = self.micro_batches(layout), layout.micro_batch_tokens
+        tokens = max(1, self.global_tokens // (layout.replicas * count))
+        if not layout.graphs:
+            return tokens
+        half = largest / fused.GRAPH_SIZES / 2
+        full = -(-self.global_tokens // layout.replicas) % largest == 0
+        return tokens + int((min(half, self.short) if full else half) / count)
 
 
 # --- one pass ---------------------------------------------------------------------------------------------------------
@@ -152,7 +167,7 @@ def took(work: Work, rates: Rates) -> Took:
         + work.skinny / rates.skinny
         + work.grouped / rates.grouped,
         "attention": attention,
-        "small_kernels": work.eager / rates.eager + work.stream / rates.stream,
+        "small_kernels": work.eager / rates.eager + work.stream / rates.stream + work.kernels * GRAPH_KERNEL,
         "unpacking": work.unpacked / rates.dequantise,
     }
     return Took(parts, work.operations * rates.operation)
@@ -230,7 +245,7 @@ class Step:
 def step(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> Step:
     """One optimizer step of a layout at given rates."""
     count = load.micro_batches(layout)
-    full = replace(layout, micro_batch_tokens=max(1, load.global_tokens // (layout.replicas * count)))
+    full = replace(layout, micro_batch_tokens=load.tokens_in(layout))
     if layout.strategy in ("pipeline", "model_parallel"):
         return _staged(full, shape, load, at, count)
     return _whole(full, shape, load, at, count)
@@ -245,7 +260,7 @@ def _whole(layout: Layout, shape: ModelShape, load: Load, at: Pace, count: int) 
         # Tensor-parallel devices have the whole head, each for a part of the tokens.
         head = layer.head.times(1 / layout.ranks_per_replica if layout.strategy == "tensor" else 1.0)
         micro = (layer.forward + layer.backward).times(shape.layers) + head
-        micro = Took(micro.parts, micro.host + rates.micro_batch)
+        micro = Took(micro.parts, micro.host + rates.micro_batch + layout.graphs * GRAPH_LAUNCH)
         computing = micro.seconds
         scale = computing / micro.device if micro.device else 1.0
         waiting = _layer_waits(layout, shape, load, at, layer, rates, scale)
@@ -348,7 +363,8 @@ def _end_of_step(
     shared = layout.shared_by if layout.strategy in ("fsdp", *ZERO) and not adapter_on_all else 1
     ending = {"optimizer": moved / shared / rates.stream}
     if adapter_on_all:
-        return ending, {"communication": _hidden(_all_reduce(layout, at, 4 * trained), 0.5 * micro)}
+        behind = 0.0 if layout.graphs else 0.5 * micro  # a graph is waited for as a whole
+        return ending, {"communication": _hidden(_all_reduce(layout, at, 4 * trained), behind)}
     if layout.strategy in ("zero1", "zero2"):
         gather = (layout.devices - 1) / layout.devices * 4 * trained / at.link.bytes_s
         reduced = _all_reduce(layout, at, 4 * trained) if layout.strategy == "zero1" else 0.0

@@ -42,7 +42,7 @@ def day(layout: Layout, shape: ModelShape, load: Load, at: Pace) -> Day:
     """The step, device by device. What no span covers is idle."""
     found = step(layout, shape, load, at)
     count = load.micro_batches(layout)
-    full = replace(layout, micro_batch_tokens=max(1, load.global_tokens // (layout.replicas * count)))
+    full = replace(layout, micro_batch_tokens=load.tokens_in(layout))
     if layout.strategy in ("pipeline", "model_parallel"):
         spans = _piped(full, shape, load, at, count, found)
     else:

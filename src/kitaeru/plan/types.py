@@ -39,6 +39,7 @@ class Layout:
     (devices/replicas)-th of them.
     `arithmetic`: of the frozen products; but for `plain`, a layer is one fused operation (`plan.fused`), whose gate and
     up `keep8` keeps in 8 bits. `recomputed`: so many of the first layers compute again what the others `keep`.
+    `graphs`: a micro-batch's passes are one CUDA graph, whose memory stays taken as long as the run lasts.
     """
 
     strategy: str
@@ -78,7 +79,7 @@ class Layout:
         return Layout(
             "single", self.method, self.base, self.precision, self.activations, self.micro_batch_tokens, self.device,
             variant=self.variant if self.strategy == "single" else "",
-            arithmetic=self.arithmetic, recomputed=self.recomputed,
+            arithmetic=self.arithmetic, recomputed=self.recomputed, graphs=self.graphs,
         )  # fmt: skip
 
     @property
@@ -186,6 +187,13 @@ class Candidate:
     def device_peaks(self) -> tuple[int, ...]:
         """Predicted peak of allocated bytes, device by device."""
         return tuple(sum(items.values()) for items in self.devices) or (self.peak_bytes,)
+
+    @property
+    def step_bytes(self) -> int:
+        """Predicted peak of allocated bytes of a training step on the fullest device: with CUDA graphs, less than what
+        a validation reaches beside their memory.
+        """
+        return max(sum(items.values()) - items.get("graphs", 0) for items in self.devices or (self.memory,))
 
     @property
     def peak_bytes(self) -> int:

@@ -29,6 +29,8 @@ UNPACKED_BYTES = {"none": 0.0, "nf4": 2.5, "int8": 3.0}
 # Bytes moved for a trained number: weight, gradient, moments, read and written, and the clipping's norm.
 ADAMW_BYTES = {"adamw": 40, "adamw_16bit": 32, "adamw_8bit": 22, "paged_adamw_8bit": 26, "lion": 28, "adafactor": 40}
 CPU_ADAMW_BYTES = 28
+# Kernels of the head for a chunk of rows in a CUDA graph: rows and targets, two products, losses, sums, rows put back.
+GRAPH_HEAD_KERNELS = 8
 # A layer that is computed again leaves its last product out, the MLP's way down.
 FUSED_AGAIN = 0.75
 
@@ -36,7 +38,7 @@ FUSED_AGAIN = 0.75
 @dataclass(frozen=True)
 class Work:
     """One pass (forward or backward) of one micro-batch through something: FLOP by kind (`eight`: products in 8 bits),
-    bytes by kind, operations.
+    bytes by kind, operations that the host launches, kernels that a CUDA graph launches.
     """
 
     gemm: float = 0.0
@@ -49,6 +51,7 @@ class Work:
     stream: float = 0.0
     unpacked: float = 0.0
     operations: float = 0.0
+    kernels: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, name) + getattr(other, name) for name in _NAMES))
@@ -144,7 +147,8 @@ def head_forward(layout: Layout, shape: ModelShape) -> Work:
         gemm=(6 if trains_all(layout) else 4) * table * tokens,
         eager=tokens * shape.vocab * moved + 40.0 * tokens * shape.hidden,
         stream=gradient,
-        operations=(6.0 if head_in_place(layout, shape) else 20.0) * chunks + 20,
+        operations=0.0 if layout.graphs else (6.0 if head_in_place(layout, shape) else 20.0) * chunks + 20,
+        kernels=GRAPH_HEAD_KERNELS * chunks + 20.0 if layout.graphs else 0.0,
     )
 
 
@@ -180,7 +184,8 @@ def _fused_pass(layout: Layout, shape: ModelShape, setting: Setting, typical: fl
         attention_backward=0.0 if forward else attention,
         eager=tokens * moved,
         unpacked=fused.expanded_bytes(layout, shape),
-        operations=fused.operations(layout, forward=forward),
+        operations=0.0 if layout.graphs else fused.operations(layout, forward=forward),
+        kernels=fused.kernels(layout, shape, setting.lora, forward=forward) if layout.graphs else 0.0,
     )
 
 

@@ -261,6 +261,13 @@ class TrainSection(Section):
             "model's own code. `auto`: the fastest the planner finds for this model and GPU."
         ),
     )
+    cuda_graphs: bool | None = Field(
+        None,
+        description=N_(
+            "Record a micro-batch's passes through fused layers as one CUDA graph and launch that, so that the GPU does not "
+            "wait for the host: for small models. It takes memory. Default: where it is clearly faster and fits."
+        ),
+    )
     seed: int = Field(0, ge=0, description=N_("Seed of data order, initial adapter weights and dropout."))
     neftune_alpha: float | None = Field(
         None,

@@ -46,7 +46,7 @@ def curves(past: History, plan: Plan | None) -> str:
     speed = [s.tokens_per_second for s in steps]
     memory = [over_steps(tr("measured"), (s.peak_bytes for s in steps))]
     if plan and steps:
-        limit: list[Point] = [(s.step, plan.chosen.peak_bytes) for s in (steps[0], steps[-1])]
+        limit: list[Point] = [(s.step, plan.chosen.step_bytes) for s in (steps[0], steps[-1])]
         memory.append(Series(tr("predicted"), limit, "limit"))
     norms = [s.grad_norm for s in steps]
     charts = (
@@ -206,9 +206,9 @@ def _cards(past: History, plan: Plan | None) -> list[str]:
 
 
 def _against(measured: int, plan: Plan | None) -> str:
-    if plan is None or not plan.chosen.peak_bytes:
+    if plan is None or not plan.chosen.step_bytes:
         return ""
-    predicted = plan.chosen.peak_bytes
+    predicted = plan.chosen.step_bytes
     difference = f"{100 * (measured - predicted) / predicted:+.1f} %"
     return tr("predicted {size}, off by {difference}", size=bytes_text(predicted), difference=difference)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from kitaeru.engine import run as engine
-from kitaeru.engine.ladder import RUNG
+from kitaeru.engine.ladder import RUNG, Rung, lower
 from kitaeru.engine.memory import out_of_memory
 from kitaeru.engine.preflight import preflight, worst_examples
 from kitaeru.engine.run import prepare, train
 from kitaeru.errors import SteppedDownError, TrainingError
 from kitaeru.events import Evaluated, Preflight, RunStarted, Step, SteppedDown, read
-from kitaeru.plan.types import Plan
+from kitaeru.plan.types import Layout, Plan
 
 FAR = {"rel": 1e-6}
 
@@ -287,3 +287,15 @@ def test_there_is_an_end_to_it(wish, watched):
     with pytest.raises(TrainingError, match="no smaller way") as caught:
         train(prepare(wish("run")), [])
     assert not isinstance(caught.value, SteppedDownError)
+
+
+def test_what_goes_to_ram_is_in_no_graph():
+    planned = Layout("single", "lora", "none", "bf16", "keep", 256, "cuda", arithmetic="fp8", graphs=True)
+    rungs = [planned]
+    while (found := lower(rungs[-1], longest=256, packing=True, layers=8)) is not None:
+        rungs.append(found)
+        kept = Rung(planned.name, 256, planned.policy, 256, found.activations, 0, found.recomputed)
+        assert kept.layout(planned) == found
+    assert [(rung.policy, rung.graphs) for rung in rungs] == [
+        ("keep", True), ("keep-recompute4", True), ("recompute", True), ("offload", False),
+    ]  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware, parse_gpus
 from kitaeru.plan.choose import default_seq_len, make_plan
+from kitaeru.plan.problem import needed_bytes
 from kitaeru.plan.types import DataFacts, Plan
 from kitaeru.recipe.types import Recipe
 from kitaeru.shape import ModelShape
@@ -281,3 +282,71 @@ def test_fsdp_is_pinned_by_variant_and_split() -> None:
         plan(on=four, **pinned, limits={"split_over": 3})
     with pytest.raises(PlanError, match="gpipe"):
         plan(on=four, **pinned, limits={"variant": "gpipe"})
+
+
+H100 = parse_gpus("H100", "256GB")
+SMALL = "Qwen/Qwen3-0.6B"
+
+
+def test_graphs_are_taken_where_the_host_holds_the_device_up() -> None:
+    made = plan(SMALL, H100, method="qlora")
+    assert made.layout.graphs
+    assert made.recipe.train.cuda_graphs is True
+    assert made.chosen.step_bytes == made.chosen.peak_bytes - made.chosen.memory["graphs"]
+    assert "--set train.cuda_graphs=false" in " ".join(made.chosen.why)
+    without = plan(SMALL, H100, method="qlora", train={"cuda_graphs": False})
+    assert not without.layout.graphs
+    assert without.layout.name == made.layout.name
+    assert without.chosen.step_bytes == without.chosen.peak_bytes < made.chosen.peak_bytes
+    assert made.chosen.speed is not None
+    assert without.chosen.speed is not None
+    assert made.chosen.speed.step_seconds * 1.03 < without.chosen.speed.step_seconds
+    assert "cuda_graphs" not in " ".join(without.chosen.why)
+
+
+def test_graphs_are_left_where_they_would_gain_little_or_do_not_fit() -> None:
+    large = plan(ELYZA, ONE, method="qlora")
+    assert not large.layout.graphs
+    assert large.recipe.train.cuda_graphs is False
+    (told,) = (d.why for d in large.decisions if d.path == "train.cuda_graphs")
+    assert "stays taken" in told or "hardly wait" in told
+    limits = {"micro_batch_tokens": 4096, "checkpointing": False}
+    roomy = plan(SMALL, H100, method="qlora", limits=limits)
+    assert roomy.layout.graphs
+    limits["memory_gb"] = needed_bytes(roomy.layout, roomy.chosen.peak_bytes) / 1e9 - 0.01
+    short = plan(SMALL, H100, method="qlora", limits=limits)
+    assert not short.layout.graphs
+    (told,) = (d.why for d in short.decisions if d.path == "train.cuda_graphs")
+    assert "stays taken" in told
+
+
+def test_a_planned_choice_of_graphs_is_made_again() -> None:
+    for made in (plan(SMALL, H100, method="qlora"), plan(ELYZA, ONE, method="qlora")):
+        again = make_plan(made.recipe, H100 if made.layout.graphs else ONE, shape_of(made.recipe.model.name), FACTS)
+        assert again.layout == made.layout
+
+
+@pytest.mark.parametrize(
+    ("on", "values", "words"),
+    [
+        (LAPTOP, {}, "need a GPU"),
+        (H100, {"method": "full"}, "model's own code"),
+        (H100, {"train": {"cuda_graphs": True, "neftune_alpha": 5}}, "NEFTune"),
+        (H100, {"data": {"train": "d.jsonl", "packing": False}}, "data.packing"),
+        (A5000, {"strategy": "fsdp"}, "model's own code"),
+        (A5000, {"strategy": "pipeline"}, "waits for others"),
+    ],
+)
+def test_graphs_that_cannot_be_are_refused_with_the_reason(on: Hardware, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words) as refused:
+        plan(SMALL, on, **{"train": {"cuda_graphs": True}, **values})
+    assert "Leave `train.cuda_graphs` out" in str(refused.value.remedy)
+
+
+def test_graphs_that_do_not_fit_are_what_is_given_up_first() -> None:
+    limits = {"micro_batch_tokens": 4096, "checkpointing": False}
+    needed = plan(SMALL, H100, method="qlora", limits=limits, train={"arithmetic": "16bit", "cuda_graphs": True}).chosen
+    limits["memory_gb"] = needed_bytes(needed.layout, needed.peak_bytes) / 1e9 - 0.01
+    with pytest.raises(PlanError) as refused:
+        plan(SMALL, H100, method="qlora", limits=limits, train={"arithmetic": "16bit", "cuda_graphs": True})
+    assert "--set train.cuda_graphs=false" in str(refused.value.remedy)

@@ -35,6 +35,7 @@ def layout(**values: Any) -> Layout:
 
 LLAMA = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
 FULL = {"method": "full"}
+GRAPHS = {"arithmetic": "int8", "graphs": True}
 # What is illegal: the layout, the recipe, the device, words of the reason, and what else of the case is not usual.
 ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] = [
     ({}, {}, None, "no GPU", {}),
@@ -85,6 +86,12 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     ({"arithmetic": "int8"}, {"lora": {"dora": True}}, A5000, "plain LoRA", {}),
     ({"arithmetic": "int8"}, {}, A5000, "none that", {"shape": replace(LLAMA, family="gemma2")}),
     ({"arithmetic": "fp8"}, {}, A5000, "8.9", {}),
+    (GRAPHS | {"device": "cpu", "precision": "fp32"}, {}, None, "need a GPU", {}),
+    (GRAPHS | {"arithmetic": "plain"}, {}, A5000, "model's own code", {}),
+    (GRAPHS | {"strategy": "pipeline", "variant": "1f1b", "devices": 2}, {}, A5000, "waits for others in a pass", {}),
+    (GRAPHS | {"activations": "offload"}, {}, A5000, "no part of a CUDA graph", {}),
+    (GRAPHS, {"train": {"neftune_alpha": 5}}, A5000, "draws noise", {}),
+    (GRAPHS, {"data": {"train": "d", "packing": False}}, A5000, "a few sizes", {}),
     ({"strategy": "zero2", "devices": 2, "base": "nf4"}, {}, A5000, "in few bits",
      {"shape": replace(LLAMA, family="mixtral", experts=8, expert_intermediate=64)}),
     ({}, {"lora": {"init": "olora"}}, A5000, "stacked, and PEFT's adapters for these know no lora.init=olora",
@@ -138,6 +145,8 @@ def test_only_what_the_table_names_is_built() -> None:
 @pytest.mark.parametrize("changes", [{}, {"method": "qlora", "base": "nf4"}, {"method": "full"}, {"base": "int8"},
     {"method": "full", "variant": "offload", "activations": "recompute"},
     {"strategy": "tensor", "devices": 2}, {"strategy": "zero3", "devices": 2},
+    GRAPHS | {"activations": "keep8"}, GRAPHS | {"activations": "recompute"},
+    GRAPHS | {"strategy": "ddp", "devices": 2, "recomputed": 3},
     {"strategy": "zero2", "devices": 2, "base": "nf4"},
     {"strategy": "zero1", "devices": 2, "device": "cpu", "precision": "fp32"}])  # fmt: skip
 def test_what_works_is_legal(changes: dict[str, Any]) -> None:

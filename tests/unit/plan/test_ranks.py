@@ -178,9 +178,33 @@ def test_no_phase_passes_the_step_that_the_plan_is_made_for(strategy: str) -> No
     assert phases["first_step"] <= phases["steady_step"]
 
 
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def test_what_graphs_take_stays_taken_while_a_run_validates(strategy: str) -> None:
+    count = 1 if strategy == "single" else 2
+    plain = layout(strategy, count, method="qlora", base="nf4", arithmetic="fp8", activations="keep")
+    made = replace(plain, graphs=True)
+    items, before = rank_items(made, LLAMA, SETTING, 0, 8), rank_items(plain, LLAMA, SETTING, 0, 8)
+    beside = items.pop("graphs")
+    assert items == before
+    assert beside > 2048 * 4 * LLAMA.intermediate  # gate and up of a layer, in 16 bits
+    phases = phase_peaks(made, LLAMA, SETTING, 0, 8)
+    assert phases["evaluation"] == peak(made) == max(phases.values())
+    assert phases["saving"] == phases["steady_step"] == peak(made) - beside
+    assert phase_peaks(plain, LLAMA, SETTING, 0, 8)["evaluation"] < phases["steady_step"]
+
+
+def test_gradients_that_graphs_add_to_are_always_there() -> None:
+    alone = replace(SETTING, accumulates=False)
+    plain = layout(method="qlora", base="nf4", arithmetic="fp8", activations="keep")
+    with_graphs, without = (memory_items(made, LLAMA, alone) for made in (replace(plain, graphs=True), plain))
+    assert with_graphs["gradients"] == with_graphs["adapter"]
+    assert "gradients" not in without
+
+
 def test_every_item_has_words() -> None:
     for strategy in (*DATA_PARALLEL, "tensor"):
         assert set(rank_items(layout(strategy, 2), LLAMA, SETTING, 0, 8)) <= set(ITEMS)
+    assert set(rank_items(layout(graphs=True), LLAMA, SETTING, 0, 8)) <= set(ITEMS)
 
 
 def test_every_number_that_is_explained_has_a_formula() -> None:

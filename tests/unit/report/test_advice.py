@@ -81,7 +81,11 @@ def test_a_recipe_that_leaves_all_open_has_no_fault() -> None:
             {"method": "lora", "strategy": "fsdp", "data__seq_len": 512, "limits__micro_batch_tokens": 512},
         ),
         ("sixteen-bits", ELYZA, {"method": "qlora"}),
-        ("host", SMALL, {"limits__micro_batch_tokens": 512, "data__seq_len": 512}),
+        (
+            "host",
+            SMALL,
+            {"limits__micro_batch_tokens": 512, "data__seq_len": 512, "train__cuda_graphs": False},
+        ),
         ("does-not-fit", "codellama/CodeLlama-34b-hf", {"method": "lora", "strategy": "single"}),
     ],
 )

@@ -505,8 +505,8 @@ def _promised(ran: Ran) -> Iterator[list[Cell]]:
             rate,
             Cell(verdict),
         ]
-    if ran.plan is not None and ran.plan.chosen.peak_bytes:
-        predicted, measured = ran.plan.chosen.peak_bytes, ran.peak.value
+    if ran.plan is not None and ran.plan.chosen.step_bytes:
+        predicted, measured = ran.plan.chosen.step_bytes, ran.peak.value
         off = f"{100 * (measured - predicted) / predicted:+.1f} %"
         cells = (Cell(bytes_text(predicted)), Cell(bytes_text(measured), ran.peak.basis), Cell(off))
         yield [Cell(ran.name), Cell(tr("peak memory")), *cells]

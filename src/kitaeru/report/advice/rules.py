@@ -238,12 +238,13 @@ def _waits_for_the_host(f: Facts) -> Finding | None:
     share = now.speed.parts.get("host", 0.0) / now.speed.step_seconds
     if share < LAUNCHING:
         return None
+    graphs = {} if f.today.recipe.train.cuda_graphs is None else {"train.cuda_graphs": None}
     return Finding(
         "host",
         tr("The GPU waits {share} of the time for the CPU to launch work.", share=percent_text(share)),
         tr("The model or the micro-batch is small for this card: more tokens at a time cost nothing here."),
         {"limits.micro_batch_tokens": None, "train.global_batch_tokens": 2 * now.global_batch_tokens,
-         "train.global_batch_examples": None},
+         "train.global_batch_examples": None, **graphs},
         trade=True,
     )  # fmt: skip
 
