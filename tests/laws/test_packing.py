@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kitaeru.data.batches import Sampler, micro_batches
 from kitaeru.data.corpus import Corpus
 from kitaeru.data.pack import pack
+from kitaeru.plan.fused import GRAPH_SIZES
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=40)
 
@@ -69,7 +70,7 @@ def test_a_row_that_is_filled_up_asks_for_nothing_more(corpus: Corpus, budget: i
     plain = micro_batches(corpus, indices, micro_batch_tokens=budget)
     filled = micro_batches(corpus, indices, micro_batch_tokens=budget, filled=True)
     assert (filled.tokens, filled.trained_tokens) == (plain.tokens, plain.trained_tokens)
-    step = -(-budget // 4)
+    step = -(-budget // GRAPH_SIZES)
     for row, full in zip(plain, filled, strict=True):
         bounds, counted = full.cu_seqlens.tolist(), full.counted.tolist()
         assert bounds[: len(row.examples)] == row.cu_seqlens.tolist()[:-1]

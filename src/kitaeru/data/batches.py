@@ -16,6 +16,7 @@ from kitaeru.data.pack import pack
 from kitaeru.data.types import MicroBatch
 from kitaeru.errors import DataError
 from kitaeru.i18n import tr
+from kitaeru.plan.fused import GRAPH_SIZES
 
 IGNORED = -100
 
@@ -167,12 +168,12 @@ def micro_batches(
 ) -> MicroBatches:
     """The examples `indices` as rows of at most `micro_batch_tokens` tokens; one example a row without `packing`.
 
-    `filled`: to a multiple of a quarter of that, so that few shapes occur.
+    `filled`: to a multiple of that over GRAPH_SIZES, so that few shapes occur.
 
     Raises:
         DataError: an example is longer than `micro_batch_tokens`. Names it.
     """
-    fill = -(-micro_batch_tokens // 4) if filled else 0
+    fill = -(-micro_batch_tokens // GRAPH_SIZES) if filled else 0
     return MicroBatches(corpus, _bins(corpus, indices, micro_batch_tokens, packing), fill)
 
 

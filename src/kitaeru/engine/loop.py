@@ -20,7 +20,7 @@ from kitaeru.engine.build import Trainee
 from kitaeru.engine.gates import gradient_gate
 from kitaeru.engine.keep import Kept
 from kitaeru.engine.ladder import Ladder
-from kitaeru.engine.memory import peak_bytes, trim
+from kitaeru.engine.memory import out_of_memory, peak_bytes, trim
 from kitaeru.engine.optim import set_rate
 from kitaeru.engine.schedule import rate
 from kitaeru.engine.watch import Stopwatch
@@ -177,11 +177,19 @@ class Loop(Kept):
         return shares
 
     def _passes(self, passes: Callable[[], dict[int, torch.Tensor]]) -> dict[int, torch.Tensor] | None:
-        """What they give; None when memory ran out on this rank, and nothing of them is left."""
-        try:
-            return passes()
-        except (RuntimeError, MemoryError) as error:
-            self.ladder.caught(error, self.progress.step)
+        """What they give; None when memory ran out on this rank, and nothing of them is left. Alone, a rank gives its
+        graphs' memory up first, and tries once more.
+        """
+        replays = self.trainee.held.replays if self.world.size == 1 else None
+        for last in (replays is None, True):
+            try:
+                return passes()
+            except (RuntimeError, MemoryError) as error:
+                if last or not out_of_memory(error):
+                    self.ladder.caught(error, self.progress.step)
+                    return None
+            if replays is None or not replays.drop():
+                break
         return None
 
     def _work(

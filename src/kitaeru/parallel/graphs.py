@@ -34,8 +34,8 @@ class _Captured:
 
 class Replays:
     """Graphs of micro-batches by their shapes. A shape that comes for the first time is not captured: it may not come
-    again, and what compiles or chooses among kernels at first must have done so.
-
+    again, and what compiles or chooses among kernels at first must have done so. Such a pass takes memory beside the
+    pool: where that may be too little, all graphs are given up for it.
     """
 
     def __init__(self, named: Named) -> None:
@@ -45,6 +45,8 @@ class Replays:
         self._seen: set[Key] = set()
         self._captured: dict[Key, _Captured] = {}
         self._pool: Any = None
+        self._pool_bytes = 0
+        self._largest = 0  # tokens of a captured micro-batch
         self._why_off: str | None = None
         self._told = False
 
@@ -63,6 +65,7 @@ class Replays:
         if found is None:
             if self._why_off is not None or key not in self._seen:
                 self._seen.add(key)
+                self._make_room(batch.tokens)
                 return None
             found = self._capture(unit, batch, work)
             if found is None:
@@ -74,11 +77,15 @@ class Replays:
         found.graph.replay()
         return work.share(found.loss.clone())
 
-    def drop(self) -> None:
-        """Give all memory of the graphs back, and begin anew."""
+    def drop(self) -> bool:
+        """Give all memory of the graphs back, and begin anew; whether there were any."""
+        there = bool(self._captured)
         self._captured.clear()
         self._seen.clear()
-        self._pool = None
+        self._pool, self._pool_bytes, self._largest = None, 0, 0
+        if there:
+            torch.cuda.empty_cache()
+        return there
 
     def excuse(self) -> str | None:
         """Why there are no graphs any more, in torch's words; once."""
@@ -92,6 +99,8 @@ class Replays:
             self._hold()
         own = batch.each(torch.clone)
         factor = torch.ones((), device=batch.input_ids.device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         refresh()  # within the graph, of adapters as they will be
         try:
@@ -114,7 +123,22 @@ class Replays:
         finally:
             refresh()  # nothing has been computed yet
         self._pool = graph.pool()
+        self._pool_bytes += torch.cuda.memory_reserved() - before
+        self._largest = max(self._largest, batch.tokens)
         return _Captured(graph, own, factor, loss)
+
+    def _make_room(self, tokens: int) -> None:
+        """Before a pass beside the pool, which takes about as much as the pool's of as many tokens."""
+        if not self._captured:
+            return
+        free, total = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved()
+        free = min(free, int(torch.cuda.get_per_process_memory_fraction() * total) - reserved)
+        free += reserved - torch.cuda.memory_allocated() - self._pool_bytes
+        if free < self._pool_bytes * tokens / self._largest:
+            seen = set(self._seen)
+            self.drop()
+            self._seen = seen  # they have run before, and may be captured as soon as they come
 
     def _hold(self) -> None:
         """Give every gradient a place that stays; what is there of this step stays too."""
