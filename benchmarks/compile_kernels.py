@@ -103,13 +103,21 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         )  # fmt: skip
     yield (
         "project", adapter._project,
-        {"x": kind, "scale": single, "p": short, "out": short,
+        {"x": kind, "scale": single, "p": kind, "p_scale": single, "out": short,
          **dict.fromkeys(("x_stride", "tokens", "width", "rank", "extra"), "i32")},
-        {"SCALED": True, "FP8": not int8, "ROWS": 64, "COLUMNS": 256 if sm >= 90 else 128, "RANK": 64,
+        {"EIGHT": True, "FP8": not int8, "ROWS": 64, "COLUMNS": 256 if sm >= 90 else 128, "RANK": 64,
          "EXTRA": 0 if int8 else 128},
         {"num_warps": 4, "num_stages": 3},
     )  # fmt: skip
     places = [f"{name}_{number}" for name in ("row", "rank", "column", "outputs") for number in range(3)]
+    scalings = dict.fromkeys((f"scaling_{number}" for number in range(3)), "fp32")
+    yield (
+        "copy", adapter._copy,
+        {**dict.fromkeys(("a", "a_1", "a_2", "b", "b_1", "b_2"), single), "down": short, "up": short,
+         "down_digits": kind, "up_digits": kind, "down_scale": single, "up_scale": single,
+         **dict.fromkeys(("rank", "inputs", "outputs", *places), "i32"), **scalings},
+        {"SHARES": 3, "TOP": 127.0 if int8 else 448.0, "INT8": int8, "BLOCK": 1024}, {"num_warps": 4},
+    )  # fmt: skip
     yield (
         "outer", adapter._outer,
         {"p": short, "x": kind, "scale": single, "out": single,
@@ -120,7 +128,7 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         "add_up", adapter._add_up,
         {"of_a": single, "of_b": single, "out": single,
          **dict.fromkeys(("parts_a", "parts_b", "rank", "width", "rank_b", "width_b", *places[3:]), "i32"),
-         **dict.fromkeys((f"scaling_{number}" for number in range(3)), "fp32")},
+         **scalings},
         {"TURNED_A": int8, "TURNED_B": int8, "SHARES": 3, "COLUMNS": 128, "ROWS": 16}, {"num_warps": 4},
     )  # fmt: skip
     if eight == "int8":

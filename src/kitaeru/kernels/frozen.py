@@ -76,10 +76,15 @@ class Stored:
         return (numbers * absmax[:, None]).reshape(self.shape)
 
 
-def three(items: Sequence[Any], name: str) -> tuple[Any, Any, Any]:
-    """An attribute of up to three items, None for those that are not there: a kernel's arguments for each."""
-    a, b, c = [getattr(item, name) for item in items] + [None] * (3 - len(items))
+def padded(items: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Up to three items, None for those that are not there: a kernel's arguments for each."""
+    a, b, c = [*items] + [None] * (3 - len(items))
     return a, b, c
+
+
+def three(items: Sequence[Any], name: str) -> tuple[Any, Any, Any]:
+    """An attribute of up to three items, likewise."""
+    return padded([getattr(item, name) for item in items])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kitaeru.i18n import tr
-from kitaeru.kernels.adapter import Share, Shares, gradients, project
+from kitaeru.kernels.adapter import Copy, Share, Shares, copy_adapters, empty_copy, gradients, project
 from kitaeru.kernels.frozen import Scales, Stored, Weights, expand, scales_of, write_adapter
 from kitaeru.kernels.product import product
 from kitaeru.kernels.rows import Arithmetic, Rows, storage, turns
@@ -81,7 +81,7 @@ class Site:
     weights: Weights = field(init=False)
     shares: Shares = field(init=False)
     _seen: tuple[int, ...] = ()
-    _thin: tuple[Tensor, Tensor] | None = None
+    _thin: tuple[Copy, Copy] | None = None
     _held: dict[bool, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -116,23 +116,17 @@ class Site:
         """The sum of the adapters' ranks."""
         return self.shares.rank
 
-    def thin(self) -> tuple[Tensor, Tensor]:
+    def thin(self) -> tuple[Copy, Copy]:
         """All A, one below the other [R, K], and all B, each in its own rows, scaled and transposed [R, N]."""
         seen = (_steps, *[p._version for p in self.parameters])
-        if self._thin is None or seen != self._seen:
+        if self._thin is None:
+            sizes = (self.weights.shape[1], self.outputs)
+            device = self.parameters[0].device
+            down, up = (empty_copy(self.rank, size, self.compute, self.dtype, device) for size in sizes)
+            self._thin = (down, up)
+        if seen != self._seen:
             with torch.no_grad():
-                if self._thin is None:
-                    like = self.parameters[0]
-                    shapes = (self.rank, self.weights.shape[1]), (self.rank, self.outputs)
-                    self._thin = (
-                        like.new_empty(shapes[0], dtype=self.compute),
-                        like.new_zeros(shapes[1], dtype=self.compute),
-                    )
-                down, up = self._thin
-                for s, a, b in zip(self.shares.each, self.parameters[::2], self.parameters[1::2], strict=True):
-                    rows = slice(s.row, s.row + s.rank)
-                    down[rows].copy_(a)
-                    torch.mul(b.T, s.scaling, out=up[rows, s.column : s.column + s.outputs])
+                copy_adapters(self.shares, self.parameters, *self._thin)
             self._seen = seen
         return self._thin
 
@@ -143,20 +137,20 @@ class Site:
             return self._biased(product(x, w, self.scales.forward, self.compute)), None
         down, up = self.thin()
         thin = project(x, down)
-        w = self._expanded(up.T, transposed=False)
-        apart = None if self.extra else (thin, up.T)
+        w = self._expanded(up.wide.T, transposed=False)
+        apart = None if self.extra else (thin, up.wide.T)
         return self._biased(product(x, w, self.scales.forward, self.compute, apart)), thin
 
     def backward(self, dy: Rows, *, needs_input: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """The gradient of x [T, K] (if it is needed), and that of x A^T [T, R]. Writes the further columns of dy."""
-        thin, down, up = None, dy.data, dy.data
+        thin, wide = None, dy.data
         if self.rank:
             down, up = self.thin()
-            thin = project(dy, up)
+            thin, wide = project(dy, up), down.wide
         if not needs_input:
             return None, thin
-        w = self._expanded(down.T, transposed=True)
-        apart = None if self.extra or thin is None else (thin, down.T)
+        w = self._expanded(wide.T, transposed=True)
+        apart = None if self.extra or thin is None else (thin, wide.T)
         return product(dy, w, self.scales.backward, self.compute, apart), thin
 
     def _expanded(self, adapter: Tensor, *, transposed: bool) -> Tensor:

@@ -184,11 +184,14 @@ def forward_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
 
 def held_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[int, int]:
     """Bytes of scales of the rows and columns of the frozen weights, and of the adapters' copies in the layers' width,
-    each B with room for the others of its group.
+    each B with room for the others of its group, on a GPU also as two numbers in 8 bits where rows are in 8 bits.
     """
     every = groups(shape, lora)
     scales = sum(4 * (g.inputs + g.outputs) for g in every) if _number(layout) == 1 else 0
-    thin = sum(_width(layout) * g.rank * (g.inputs + g.outputs) for g in every)
+    each, scale = _width(layout), 0
+    if layout.in_8_bits and layout.device == "cuda":
+        each, scale = each + 2, 4
+    thin = sum(g.rank * (each * (g.inputs + g.outputs) + 2 * scale) for g in every)
     return shape.layers * scales, shape.layers * thin
 
 

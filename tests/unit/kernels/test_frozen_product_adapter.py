@@ -7,15 +7,35 @@ import pytest
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.adapter import Share, Shares, gradients, gradients_reference, project, project_reference
+from kitaeru.kernels.adapter import (
+    Copy,
+    Share,
+    Shares,
+    copy_adapters,
+    copy_reference,
+    digits_reference,
+    empty_copy,
+    gradients,
+    gradients_reference,
+    project,
+    project_reference,
+    second_digit,
+)
 from kitaeru.kernels.frozen import Stored, Weights, expand, expand_reference, scales_of
 from kitaeru.kernels.product import product, product_reference
 from kitaeru.kernels.rows import Arithmetic, round_rows, storage
+from kitaeru.kernels.turned import turn
 from kitaeru.plan.fused import extra_columns
 
 from .test_rows_norm_gated_rotary import apart, draw
 
 ARITHMETICS: tuple[Arithmetic, ...] = ("16bit", "fp8", "int8")
+
+
+def copied(p: Tensor, arithmetic: Arithmetic) -> Copy:
+    """P as kernels read it for rows in this arithmetic."""
+    dtype = storage(arithmetic, p.dtype)
+    return Copy(p) if arithmetic == "16bit" else Copy(p, *digits_reference(p, dtype))
 
 
 def nf4(weight: Tensor, *, nested: bool = True) -> Stored:
@@ -66,7 +86,7 @@ def test_one_product_gives_base_and_adapter(arithmetic: Arithmetic, kind: str, t
     scale = scales_of(weights, dtype)
     by = scale.backward if transposed else scale.forward
     rows = round_rows(x, dtype, extra)
-    thin = project(rows, p)
+    thin = project(rows, copied(p, arithmetic))
     w = expand(weights, by, adapter, extra, dtype, transposed=transposed)
     got = product(rows, w, by, torch.float32, None if extra else (thin, adapter))
     exact = x @ whole.T + (x @ p.T) @ adapter.T
@@ -76,6 +96,17 @@ def test_one_product_gives_base_and_adapter(arithmetic: Arithmetic, kind: str, t
     without = product(round_rows(x, dtype), expand(weights, by, adapter, 0, dtype, transposed=transposed), by,
                       torch.float32)  # fmt: skip
     assert apart(got - without, (x @ p.T) @ adapter.T) < bound
+
+
+@pytest.mark.parametrize(("arithmetic", "bound"), [("fp8", 2**-8), ("int8", 2**-14)])
+def test_two_numbers_in_8_bits_stand_for_one(arithmetic: Arithmetic, bound: float) -> None:
+    p = draw(12, 192) * torch.logspace(-4, 2, 12)[:, None]
+    digits, scale = digits_reference(p, storage(arithmetic, torch.float32))
+    first, second = digits.float()
+    values = scale[:, None] * (first + second * second_digit(digits.dtype))
+    whole = turn(p) if arithmetic == "int8" else p
+    assert ((values - whole).abs().amax(1) <= bound * whole.abs().amax(1)).all()
+    assert apart(values, whole) < bound
 
 
 THREE = Shares((Share(0, 4, 0, 128, 2.0), Share(4, 6, 128, 64, 0.5), Share(10, 2, 256, 192, 1.0)))
@@ -136,13 +167,40 @@ def test_triton_expands_as_the_reference(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("shares", SHARES)
+def test_triton_copies_adapters_as_the_reference(arithmetic: Arithmetic, shares: Shares) -> None:
+    dtype = storage(arithmetic, torch.bfloat16)
+    parameters = [
+        draw(*shape, seed=7 * n + side, device="cuda")
+        for n, s in enumerate(shares.each)
+        for side, shape in enumerate(((s.rank, 1344), (s.outputs, s.rank)))
+    ]
+    found = []
+    for copy in (copy_adapters, copy_reference):
+        sides = [empty_copy(shares.rank, n, torch.bfloat16, dtype, torch.device("cuda")) for n in (1344, 448)]
+        for _ in range(2):
+            copy(shares, parameters, *sides)
+        found.append(sides)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.wide.equal(theirs.wide)
+        if ours.digits is not None and theirs.digits is not None:
+            ours_whole, theirs_whole = (
+                c.scale[:, None] * (c.digits[0].float() + c.digits[1].float() * second_digit(dtype))
+                for c in (ours, theirs)
+            )
+            assert apart(ours_whole, theirs_whole) < 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize(("tokens", "width", "rank"), [(333, 1344, 12), (4096, 4096, 48), (512, 14336, 16)])
 def test_triton_thin_products_are_the_references(arithmetic: Arithmetic, tokens: int, width: int, rank: int) -> None:
     x = draw(tokens, width, device="cuda", dtype=torch.bfloat16)
     p = 0.02 * draw(rank, width, seed=1, device="cuda", dtype=torch.bfloat16)
     extra = extra_columns(arithmetic, rank)
     ours, theirs = (round_rows(x, storage(arithmetic, torch.bfloat16), extra) for _ in range(2))
-    thin, expected = project(ours, p), project_reference(theirs, p)
+    copy = copied(p, arithmetic)
+    thin, expected = project(ours, copy), project_reference(theirs, copy)
     assert apart(thin, expected) < 5e-3
     assert apart(ours.data[:, width:].float(), theirs.data[:, width:].float()) < 0.02
 
@@ -174,7 +232,7 @@ def test_products_on_a_gpu_are_the_references(arithmetic: Arithmetic, tokens: in
     scale, extra = scales_of(weights, dtype), extra_columns(arithmetic, rank)
     x = round_rows(draw(tokens, 192, device="cuda", dtype=torch.bfloat16), dtype, extra)
     p, adapter = (0.05 * draw(n, rank, seed=n, device="cuda", dtype=torch.bfloat16) for n in (192, 192))
-    thin = project(x, p.T.contiguous())
+    thin = project(x, copied(p.T.contiguous(), arithmetic))
     w = expand(weights, scale.forward, adapter, extra, dtype, transposed=False)
     apart_from = None if extra else (thin, adapter)
     ours = product(x, w, scale.forward, torch.bfloat16, apart_from)
