@@ -234,7 +234,8 @@ class Loop(Kept):
         if isinstance(trainee.optimizer, AdamW16):
             trainee.optimizer.clip(limit, float(norm))
         else:
-            torch.nn.utils.clip_grads_with_norm_([p for _, p in trainee.named], limit, norm)
+            # In 32 bits: by a number in 64 each gradient would be multiplied by a kernel of its own.
+            torch.nn.utils.clip_grads_with_norm_([p for _, p in trainee.named], limit, norm.float())
         return norm
 
     def _update(self, loss: float, norm: float, shares: torch.Tensor, batches: MicroBatches, index: int) -> bool:

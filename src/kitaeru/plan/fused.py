@@ -184,15 +184,21 @@ def forward_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
 
 def held_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[int, int]:
     """Bytes of scales of the rows and columns of the frozen weights, and of the adapters' copies in the layers' width,
-    each B with room for the others of its group, on a GPU also as two numbers in 8 bits where rows are in 8 bits.
+    each B with room for the others of its group, and as two numbers in 8 bits.
     """
     every = groups(shape, lora)
     scales = sum(4 * (g.inputs + g.outputs) for g in every) if _number(layout) == 1 else 0
-    each, scale = _width(layout), 0
-    if layout.in_8_bits and layout.device == "cuda":
-        each, scale = each + 2, 4
-    thin = sum(g.rank * (each * (g.inputs + g.outputs) + 2 * scale) for g in every)
-    return shape.layers * scales, shape.layers * thin
+    thin = sum(_width(layout) * g.rank * (g.inputs + g.outputs) for g in every)
+    return shape.layers * scales, shape.layers * thin + digit_bytes(layout, shape, lora)
+
+
+def digit_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
+    """Bytes of the adapters' copies as two numbers in 8 bits and a scale a row, which rows in 8 bits are multiplied by
+    on a GPU (kernels.adapter).
+    """
+    if not layout.in_8_bits or layout.device != "cuda":
+        return 0
+    return shape.layers * sum(2 * g.rank * (g.inputs + g.outputs + 4) for g in groups(shape, lora))
 
 
 def streamed_bytes_per_token(layout: Layout, shape: ModelShape, lora: LoraSection, *, forward: bool) -> float:
@@ -236,26 +242,23 @@ def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
 
 
 def operations(layout: Layout, *, forward: bool) -> float:
-    """Kernels and calls of one layer's pass, as fitted on an H100 before some were merged (docs/notes/0012); in INT8
-    four adapters are turned in each.
+    """Kernels and calls of one layer's pass, as fitted on an H100 before some were merged (docs/notes/0012): since then
+    the two passes took a host like that one 5.1 ms, which would be 250.
     """
-    return (138.0 if forward else 230.0) + _turns(layout) * 18.0
+    return 138.0 if forward else 230.0
 
 
-# Kernels of a layer's pass besides the copies of its adapters, FP8 and 16 bits alike: counted in the code that launches
-# them. In INT8 each group's adapter is turned as well.
-KERNELS_FORWARD, KERNELS_BACKWARD, KERNELS_TURNING = 19, 45, 4
+# Kernels of a layer's pass besides the copies of its adapters: counted in the code that launches them.
+KERNELS_FORWARD, KERNELS_BACKWARD = 19, 45
 
 
 def kernels(layout: Layout, shape: ModelShape, lora: LoraSection, *, forward: bool) -> int:
     """Kernels of one layer's pass, each of which costs a gap on the device even where a graph launches them all at
-    once. The forward pass copies A and B of each adapter into the layers' width.
+    once. The forward pass copies each group's adapters.
 
     >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
     >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep", 4096, "cuda", arithmetic="fp8", graphs=True)
     >>> [kernels(layout, llama, LoraSection(), forward=forward) for forward in (True, False)]
-    [33, 45]
+    [23, 45]
     """
-    turning = KERNELS_TURNING * _turns(layout)
-    copies = 2 * len({linear.name for linear in adapted(shape, lora)})
-    return turning + (KERNELS_FORWARD + copies if forward else KERNELS_BACKWARD)
+    return KERNELS_FORWARD + sum(g.rank > 0 for g in groups(shape, lora)) if forward else KERNELS_BACKWARD
