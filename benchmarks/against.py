@@ -392,7 +392,7 @@ def ours(job: Job) -> Runner:
         loop._step()
         return losses[-1]
 
-    how = f"{plan.layout.name}; {plan.layout.arithmetic}, {plan.layout.activations}"
+    how = f"{plan.layout.name}{', CUDA graphs' if plan.layout.graphs else ''}"
     return Runner(step, plan.layout.micro_batch_tokens, sum(p.numel() for _, p in trainee.named), how, job.warm)
 
 

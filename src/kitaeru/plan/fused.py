@@ -242,10 +242,10 @@ def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
 
 
 def operations(layout: Layout, *, forward: bool) -> float:
-    """Kernels and calls of one layer's pass, as fitted on an H100 before some were merged (docs/notes/0012): since then
-    the two passes took a host like that one 5.1 ms, which would be 250.
+    """Kernels and calls of one layer's pass: the two took an H100's host 5.1 ms, at 20 microseconds each (Qwen3-0.6B,
+    docs/notes/0022). Before some were merged, 138 and 230 were fitted to many points (docs/notes/0012).
     """
-    return 138.0 if forward else 230.0
+    return 94.0 if forward else 156.0
 
 
 # Kernels of a layer's pass besides the copies of its adapters: counted in the code that launches them.

@@ -35,7 +35,8 @@ from kitaeru.plan.work import (
 )
 from kitaeru.shape import ModelShape
 
-# Where launching and computing take equally long, neither hides all of the other.
+# Where launching and computing take equally long, neither hides all of the other: so much of either shows, and less the
+# further they are apart.
 UNHIDDEN = 0.15
 # Seconds of the host to launch a CUDA graph, with its inputs copied; seconds between one kernel in it and the next.
 GRAPH_LAUNCH, GRAPH_KERNEL = 50e-6, 1.5e-6
@@ -140,8 +141,8 @@ class Took:
     @property
     def seconds(self) -> float:
         """Seconds it takes, host and device together."""
-        device = self.device
-        return max(device, self.host) + UNHIDDEN * min(device, self.host)
+        less, more = sorted((self.device, self.host))
+        return more + UNHIDDEN * less * (less / more) ** 2 if more else 0.0
 
     def __add__(self, other: Took) -> Took:
         return Took(

@@ -11,8 +11,10 @@ import planner_grid as grid
 import pytest
 
 from kitaeru.hardware import Hardware, parse_gpus
+from kitaeru.plan import fused
 from kitaeru.plan.fused import digit_bytes, is_fused
-from kitaeru.plan.types import Plan
+from kitaeru.plan.speed import _layer_on
+from kitaeru.plan.types import Layout, Plan
 from kitaeru.shape import ModelShape
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -87,6 +89,8 @@ def _replayed(table: Path, data: Path) -> list[dict[str, float | str]]:
     found: list[dict[str, float | str]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KITAERU_DATA", str(data))
+        patch.setattr(fused, "operations", _operations_then)
+        _layer_on.cache_clear()
         for row in grid.read(table):
             if not row["error"]:
                 plan = _as_measured(row, machine)
@@ -94,7 +98,13 @@ def _replayed(table: Path, data: Path) -> list[dict[str, float | str]]:
                 for field in ("predicted_bytes", "predicted_process_bytes"):
                     told[field] -= _since(plan, row)
                 found.append(row | told)
+    _layer_on.cache_clear()
     return found
+
+
+def _operations_then(_: Layout, *, forward: bool) -> float:
+    """Those of a fused layer when the tables were measured, before some were merged."""
+    return 138.0 if forward else 230.0
 
 
 def _since(plan: Plan, row: dict[str, str]) -> int:

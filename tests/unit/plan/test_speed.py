@@ -77,7 +77,7 @@ def test_a_graph_takes_the_launches_from_the_host_and_leaves_its_kernels_gaps() 
     qwen = find_shape("Qwen/Qwen3-0.6B")
     plain = layout(tokens=2048, arithmetic="fp8")
     eager, replayed = (speed(made, 16384, H100, qwen) for made in (plain, replace(plain, graphs=True)))
-    assert 8 * eager.tokens_per_second < replayed.tokens_per_second
+    assert 5 * eager.tokens_per_second < replayed.tokens_per_second
     assert 1 / 7 < 2048 / replayed.tokens_per_second / 0.150 * 10 < 7
     assert replayed.parts["host"] < 0.2 * replayed.step_seconds < eager.parts["host"]
     kernels = 28 * (19 + 4 + 45) + 8 * 4 + 20
