@@ -703,9 +703,7 @@ def told(row: dict[str, Any]) -> str:
         return f"{name} failed: {row['error']} ({row['seconds']} s)"
     words = [f"{float(row['tokens_per_second']):>9,.0f} tokens/s", f"{row['micro_tokens']} tokens a pass", row["how"]]
     if row.get("peak_gib"):
-        words.insert(
-            1, f"{row['peak_gib']:.1f} GiB, {row['share_of_bf16']:.0%} of the roofline, busy {row['busy']:.0%}"
-        )
+        words.insert(1, f"{row['peak_gib']:.1f} GiB, {row['share_of_bf16']:.0%} of the roofline")
     return f"{name} {', '.join(words)} ({row['seconds']} s)"
 
 

@@ -58,7 +58,7 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         {"VARIANCE": norm.variance(torch.int8 if int8 else torch.float8_e4m3fn), "TURNED": int8, "WRITE": True,
          "TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
     )  # fmt: skip
-    forward, backward = (gated.tile(14336, backward=back, turns=int8) for back in (False, True))
+    forward, backward = (gated.tile(14336, backward=back, turns=int8, caches=sm >= 89) for back in (False, True))
     yield (
         "gated", gated._gated,
         {"both": short, "rows": kind, "scale": single, "kept": kind, "gate_scale": single, "up_scale": single,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -53,7 +54,7 @@ def gated(both: Tensor, activation: Activation, dtype: torch.dtype, extra: int, 
         _gated, (tokens,),
         both, rows.data, rows.scale, kept.gate.data, kept.gate.scale, kept.up.scale, rows.data.stride(0), width,
         TOP=top(dtype), INT8=dtype == torch.int8, KEEP_TOP=top(keep), KEEP_INT8=keep == torch.int8,
-        SILU=activation == "silu", **tile(width, backward=False, turns=rows.turned),
+        SILU=activation == "silu", **tile(width, backward=False, turns=rows.turned, caches=_caches(both.device)),
     )  # fmt: skip
     return rows, kept
 
@@ -91,7 +92,7 @@ def gated_backward(
         upstream, kept.gate.data, kept.gate.scale, kept.up.data, kept.up.scale, kept.gate.data.stride(0),
         gradient.data, gradient.scale, product.data, product.scale, gradient.data.stride(0), width,
         SCALED=kept.gate.scale is not None, TOP=top(dtype), INT8=dtype == torch.int8, SILU=activation == "silu",
-        **tile(width, backward=True, turns=gradient.turned),
+        **tile(width, backward=True, turns=gradient.turned, caches=_caches(upstream.device)),
     )  # fmt: skip
     return gradient, product
 
@@ -99,17 +100,25 @@ def gated_backward(
 # Columns at a time, and for each thread, of the forward and of the backward kernel: the fastest of eight on an H100
 # (benchmarks/row_kernels.py), for numbers that are not turned and for such that are.
 TILES = {False: ((16384, 32), (8192, 16)), True: ((8192, 32), (2048, 16))}
+# For such that are turned, where the cache holds few rows.
+FEW_ROWS = (8192, 16)
 
 
-def tile(width: int, *, backward: bool, turns: bool) -> dict[str, int]:
-    """The second pass over a row is to find it in the cache: few rows at a time, so many warps for each. One stage:
-    loads that a product follows would otherwise go through shared memory.
+def tile(width: int, *, backward: bool, turns: bool, caches: bool) -> dict[str, int]:
+    """The second pass over a row is to find it in the cache: unless this `caches` the rows of all programs, few at a
+    time, with many warps for each. One stage: loads that a product follows would otherwise go through shared memory.
     """
-    most, each = TILES[turns][backward]
+    most, each = TILES[turns][backward] if caches or not turns else FEW_ROWS
     block = min(most, row_block(width))
     if block < most:  # not tried with so many a thread
         each = 16
     return {"BLOCK": block, "num_warps": block // (32 * each), "num_stages": 1}
+
+
+@cache
+def _caches(device: torch.device) -> bool:
+    """Whether the second cache holds several rows for each multiprocessor: 50 MB on an H100, 6 on an RTX A5000."""
+    return bool(torch.cuda.get_device_properties(device).L2_cache_size > 32 << 20)
 
 
 def _act(gate: Tensor, activation: Activation) -> Tensor:
