@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from kitaeru.kernels import adapter, frozen, gated, norm, product, rotary, rows
+from kitaeru.kernels import adapter, copies, frozen, gated, norm, product, rotary, rows
 
 FIELDS = (
     "kernel", "variant", "sm", "registers", "spilled_bytes", "shared_bytes", "issued", "moves", "slow", "instructions",
@@ -112,7 +112,7 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
     places = [f"{name}_{number}" for name in ("row", "rank", "column", "outputs") for number in range(3)]
     scalings = dict.fromkeys((f"scaling_{number}" for number in range(3)), "fp32")
     yield (
-        "copy", adapter._copy,
+        "copy", copies._copy,
         {**dict.fromkeys(("a", "a_1", "a_2", "b", "b_1", "b_2"), single), "down": short, "up": short,
          "down_digits": kind, "up_digits": kind, "down_scale": single, "up_scale": single,
          **dict.fromkeys(("rank", "inputs", "outputs", *places), "i32"), **scalings},

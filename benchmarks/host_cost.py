@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import autotuner, driver
 
-from kitaeru.kernels import adapter, frozen, gated, norm, packed_attention, product, rotary, rows
+from kitaeru.kernels import adapter, copies, frozen, gated, norm, packed_attention, product, rotary, rows
 from kitaeru.kernels.rows import Arithmetic
 from kitaeru.model import fused
 from kitaeru.model.fused import FusedLayer, Place
@@ -160,10 +160,11 @@ def main() -> None:
     arguments = parser.parse_args()
     driver.set_active(_Driver())
     with ExitStack() as stack:
-        for module in (adapter, frozen, gated, norm, product, rotary, rows):
+        for module in (adapter, copies, frozen, gated, norm, product, rotary, rows):
             stack.enter_context(mock.patch.object(module, "use_triton", return_value=True))
         stack.enter_context(mock.patch.object(autotuner.Autotuner, "run", _first))
         stack.enter_context(mock.patch.object(adapter, "_roomy", return_value=True))
+        stack.enter_context(mock.patch.object(gated, "_caches", return_value=True))
         stack.enter_context(mock.patch.object(torch, "_scaled_mm", _scaled))
         stack.enter_context(mock.patch.object(torch, "mm", lambda a, b: _scaled(a, b, out_dtype=a.dtype)))
         stack.enter_context(mock.patch.object(fused, "attend", _attend))

@@ -284,6 +284,8 @@ def fuse_layers(trainee: Trainee) -> None:
             probe=lambda: getattr(model, model.base_model_prefix)(**forward_arguments(batch)),
         )
     trainee.fused = done.layers
+    if not done.layers:
+        trainee.held.replays = None  # the models' own code may wait for the device
     wide = sum(layer.qkv.arithmetic == "16bit" for layer in done.layers)
     if done.why_not is not None:
         why = tr("The layers run by the model's own code, slower than planned: {why}.", why=done.why_not)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kitaeru.i18n import tr
-from kitaeru.kernels.adapter import Copy, Share, Shares, copy_adapters, empty_copy, gradients, project
+from kitaeru.kernels.adapter import gradients, project
+from kitaeru.kernels.copies import Copy, Share, Shares, copy_adapters, empty_copy
 from kitaeru.kernels.frozen import Scales, Stored, Weights, expand, scales_of, write_adapter
 from kitaeru.kernels.product import product
 from kitaeru.kernels.rows import Arithmetic, Rows, storage, turns

@@ -194,7 +194,7 @@ def held_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> tuple[i
 
 def digit_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """Bytes of the adapters' copies as two numbers in 8 bits and a scale a row, which rows in 8 bits are multiplied by
-    on a GPU (kernels.adapter).
+    on a GPU (kernels.copies).
     """
     if not layout.in_8_bits or layout.device != "cuda":
         return 0

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.adapter import (
+from kitaeru.kernels.adapter import gradients, gradients_reference, project, project_reference
+from kitaeru.kernels.copies import (
     Copy,
     Share,
     Shares,
@@ -15,10 +16,6 @@ from kitaeru.kernels.adapter import (
     copy_reference,
     digits_reference,
     empty_copy,
-    gradients,
-    gradients_reference,
-    project,
-    project_reference,
     second_digit,
 )
 from kitaeru.kernels.frozen import Stored, Weights, expand, expand_reference, scales_of
