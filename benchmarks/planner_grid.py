@@ -74,6 +74,7 @@ class Point:
     cap_gib: float = 0.0
     quantize: str = "auto"
     arithmetic: str = "auto"  # of the frozen products: "plain" is the model's own code
+    graphs: int = 0  # 1: passes are replayed as CUDA graphs
 
     @property
     def name(self) -> str:
@@ -149,6 +150,12 @@ def _points() -> list[Point]:
             Point("codellama-34b", 8, "qlora", "recompute", 2048, 8192, arithmetic="plain"),
             Point("llama-3-8b", 32, "qlora", "auto", 2048, 0, -8192, 24, arithmetic="plain"),
         ],
+        [  # as CUDA graphs
+            Point("qwen3-0.6b", 28, "qlora", "keep", 2048, 8192, 2, graphs=1),
+            Point("llama-3-8b", 8, "lora", "keep", 512, 2048, 2, graphs=1),
+            Point("qwen3-4b", 36, "qlora", "keep", 2048, 8192, 2, 24, graphs=1),
+            Point("llama-3-8b", 8, "qlora", "recompute", 2048, 8192, 2, graphs=1),
+        ],
         [  # 8-bit base
             Point("llama-3-8b", 8, "lora", "keep", 2048, 4096, 1, 0, "int8"),
             Point("llama-3-8b", 8, "lora", "recompute", 2048, 8192, 1, 0, "int8"),
@@ -212,9 +219,8 @@ def wish_of(point: Point, folder: str, *, small: bool = False) -> tuple[Recipe, 
             "method": point.method,
             "strategy": "single",
             "limits": limits,
-            # The memory of CUDA graphs is that of a validation, which is not measured here.
             "train": {"global_batch_tokens": max(step, seq_len), "max_steps": STEPS, "learning_rate": 1e-5}
-            | {"cuda_graphs": False}
+            | {"cuda_graphs": bool(point.graphs) and not small}
             | ({} if point.arithmetic == "auto" else {"arithmetic": point.arithmetic}),
         }
     )
@@ -243,7 +249,8 @@ FIELDS = (*(field.name for field in fields(Point)), *PREDICTED, *MEASURED, "devi
 
 def predicted(plan: Plan) -> dict[str, Any]:
     """What the plan says of a step."""
-    speed, peak = plan.chosen.speed, plan.chosen.peak_bytes
+    # What graphs need besides is for a validation, and there is none here.
+    speed, peak = plan.chosen.speed, plan.chosen.step_bytes
     assert speed is not None
     tokens = plan.chosen.global_batch_tokens
     return {

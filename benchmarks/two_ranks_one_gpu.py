@@ -32,7 +32,6 @@ from kitaeru import events
 from kitaeru.api.scaling import why_failed
 from kitaeru.model.random_weights import write_random
 from kitaeru.plan.types import Plan
-from kitaeru.recipe.fields import leaves
 
 SHAPES = {
     "cuda": {
@@ -51,7 +50,8 @@ SIZES = {"cuda": (1024, 2048, 8192), "cpu": (128, 128, 512)}
 @dataclass(frozen=True)
 class Point:
     """A run: its strategy and method, its number of ranks, the point whose losses it must have, the devices that a copy
-    is split over, and the strategy's variant.
+    is split over, and the strategy's variant; whether layers are fused, in 16 bits, and replayed as CUDA graphs (on a
+    GPU).
     """
 
     strategy: str
@@ -60,6 +60,8 @@ class Point:
     like: str = ""
     stages: int = 0
     variant: str = ""
+    fused: bool = False
+    graphs: bool = False
 
 
 POINTS = {
@@ -76,6 +78,9 @@ POINTS = {
     "model_parallel-qlora": Point("model_parallel", "qlora", 2, "single-qlora"),
     "pipeline-dp2-qlora": Point("pipeline", "qlora", 4, "single-qlora", 2),
     "pipeline-4-qlora": Point("pipeline", "qlora", 4, "single-qlora", 4),
+    "single-fused-lora": Point("single", "lora", 1, fused=True),
+    "single-graphs-lora": Point("single", "lora", 1, "single-fused-lora", fused=True, graphs=True),
+    "ddp-graphs-lora": Point("ddp", "lora", 2, "single-fused-lora", fused=True, graphs=True),
 }
 FIELDS = (
     "point", "layers", "outcome", "device", "kitaeru", "torch", "transformers", "layout", "cuts", "steps", "first_loss",
@@ -113,8 +118,9 @@ def command(name: str, arguments: argparse.Namespace, model: Path, run: Path) ->
         **({"limits.threads": 1} if arguments.device == "cpu" else {}),
         **({"limits.split_over": point.stages} if point.stages else {}),
         **({"limits.variant": point.variant} if point.variant else {}),
-        # The same arithmetic everywhere: fused layers, where there are any, round otherwise.
-        **{spec.path: "plain" for spec in leaves() if spec.path == "train.arithmetic"},
+        # The same arithmetic everywhere that is compared: fused layers round otherwise.
+        "train.arithmetic": "16bit" if point.fused else "plain",
+        "train.cuda_graphs": str(point.graphs and arguments.device == "cuda").lower(),
     }
     words = [sys.executable, "-m", "kitaeru", "train", str(model), "--data", str(arguments.data), "--plain"]
     words += ["--method", point.method, "--output", str(run)]
