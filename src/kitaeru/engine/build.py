@@ -338,7 +338,9 @@ def choose_loss(trainee: Trainee) -> None:
     trainee.model.eval()
     probe = _probe(trainee, (9, 6))
     with trainee.autocast():
-        trainee.held.unit.loss_sum, why = trainee.inside(lambda: recognise_head(trainee.causal_lm, probe))
+        trainee.held.unit.loss_sum, why = trainee.inside(
+            lambda: recognise_head(trainee.causal_lm, probe, trainee.plan.recipe.train.z_loss)
+        )
     if trainee.world.any(why not in ("chunked", "elsewhere")):
         trainee.say(tr("The loss is taken from the model's own logits: the chunked head does not fit it."))
 

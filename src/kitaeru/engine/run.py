@@ -32,7 +32,7 @@ from kitaeru.engine.preflight import preflight
 from kitaeru.engine.result import write_result
 from kitaeru.engine.samples import Question, questions
 from kitaeru.errors import Interrupted, KitaeruError, SteppedDownError, TrainingError, UsageError
-from kitaeru.events import Event, EventLog, Listener, Notice, RunFinished, RunStarted, Sample
+from kitaeru.events import Event, EventLog, Listener, Notice, RunFinished, RunStarted, Sample, Step
 from kitaeru.files import write_atomic, write_json
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
@@ -266,11 +266,27 @@ def train(run: Run, listeners: Sequence[Listener], phase: Phase | None = None, w
 
 def _trained(run: Run, emit: Listener, phase: Phase | None, world: World, started: float, loops: list[Loop]) -> Result:
     """One attempt, from a model that is built to a result that is written; its loop goes into `loops`."""
+    began = time.perf_counter()
     trainee, loop = _ready(run, emit, phase, world)
+    ready = time.perf_counter()
     loops.append(loop)
     asked = questions(run.plan.recipe, run.data, run.tokenizer)
     if loop.progress.step == 0:
         _ask(trainee, asked, 0)
+    asking = time.perf_counter() - ready
+
+    def first_step(event: Event) -> None:
+        emit(event)
+        if isinstance(event, Step):
+            trainee.emit = emit
+            text = tr(
+                "The first step was done {total:.1f} s after loading began: the model was ready after {ready:.1f} s.",
+                total=time.perf_counter() - began - asking,
+                ready=ready - began,
+            )
+            trainee.say(text, step=event.step)
+
+    trainee.emit = first_step
     with looking(trainee, loop):
         outcome = loop()
     step = loop.progress.step

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kitaeru.data.types import MicroBatch
-from kitaeru.kernels.linear_cross_entropy import linear_cross_entropy, logits_of
+from kitaeru.kernels.linear_cross_entropy import cross_entropy, linear_cross_entropy, logits_of
 
 LossSum = Callable[[MicroBatch], Tensor]
 
@@ -28,7 +28,7 @@ def forward_arguments(batch: MicroBatch) -> dict[str, Any]:
     }
 
 
-def chunked_loss(model: PreTrainedModel) -> LossSum:
+def chunked_loss(model: PreTrainedModel, z_loss: float = 0.0) -> LossSum:
     """The loss sum of a micro-batch through the decoder and the chunked head."""
     decoder = getattr(model, model.base_model_prefix)
     head = model.get_output_embeddings()
@@ -36,22 +36,23 @@ def chunked_loss(model: PreTrainedModel) -> LossSum:
 
     def loss_sum(batch: MicroBatch) -> Tensor:
         hidden = decoder(**forward_arguments(batch)).last_hidden_state
-        return linear_cross_entropy(hidden.squeeze(0), head.weight, batch.targets[0], softcap, batch.counted)
+        targets, counted = batch.targets[0], batch.counted
+        return linear_cross_entropy(hidden.squeeze(0), head.weight, targets, softcap, counted, z_loss=z_loss)
 
     return loss_sum
 
 
-def plain_loss(model: PreTrainedModel) -> LossSum:
+def plain_loss(model: PreTrainedModel, z_loss: float = 0.0) -> LossSum:
     """The loss sum from the model's own logits: right for every model, and the reference."""
 
     def loss_sum(batch: MicroBatch) -> Tensor:
         logits = model(**forward_arguments(batch)).logits[0].float()
-        return nn.functional.cross_entropy(logits, batch.targets[0], ignore_index=-100, reduction="sum")
+        return cross_entropy(logits, batch.targets[0], z_loss)
 
     return loss_sum
 
 
-def recognise_head(model: PreTrainedModel, batch: MicroBatch) -> tuple[LossSum, str]:
+def recognise_head(model: PreTrainedModel, batch: MicroBatch, z_loss: float = 0.0) -> tuple[LossSum, str]:
     """The chunked loss if its logits are the model's own on `batch`, else the plain one; and why, in a word.
 
     Fits: a plain linear head without bias or adapter, with or without soft-capped logits. Logits are compared and not
@@ -63,17 +64,17 @@ def recognise_head(model: PreTrainedModel, batch: MicroBatch) -> tuple[LossSum, 
         or getattr(head, "bias", None) is not None
         or not hasattr(model, model.base_model_prefix)
     ):
-        return plain_loss(model), "unknown head"
+        return plain_loss(model, z_loss), "unknown head"
     with torch.no_grad():
         hidden = getattr(model, model.base_model_prefix)(**forward_arguments(batch)).last_hidden_state
         theirs = model(**forward_arguments(batch)).logits
         if head.weight.is_meta:
-            return plain_loss(model), "elsewhere"
+            return plain_loss(model, z_loss), "elsewhere"
         ours = logits_of(hidden, head.weight, getattr(model.config, "final_logit_softcapping", None))
     exact = head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(head.weight.device.type)
     if distance(ours, theirs) <= (1e-4 if exact else 2e-2):
-        return chunked_loss(model), "chunked"
-    return plain_loss(model), "the model changes its logits"
+        return chunked_loss(model, z_loss), "chunked"
+    return plain_loss(model, z_loss), "the model changes its logits"
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:

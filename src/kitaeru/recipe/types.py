@@ -247,6 +247,14 @@ class TrainSection(Section):
     )
     final_rate: float = Field(0.0, ge=0, le=1, description=N_("Where the schedule ends, as a share of the peak rate."))
     max_grad_norm: float = Field(1.0, ge=0, description=N_("Gradients are scaled down to this global norm; 0 = never."))
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description=N_(
+            "Adds so many times the square of log Z to each token's loss, Z being what softmax divides by: it keeps logits "
+            "from drifting in long runs (PaLM: 0.0001). Not for validation."
+        ),
+    )
     precision: Precision = Field(
         "auto",
         description=N_(

@@ -33,6 +33,35 @@ def test_value_and_gradients_are_those_of_the_definition(rows, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_softmax_divides_by_may_cost_too(softcap):
+    x, w, targets = case(CHUNK_ROWS + 3)
+    found = []
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        x.grad = w.grad = None
+        loss = function(x, w, targets, softcap, z_loss=0.02)
+        loss.backward()
+        found.append((loss.detach(), x.grad, w.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    plain = linear_cross_entropy(x, w, targets, softcap)
+    assert found[0][0] > 1.05 * plain.detach()
+    with torch.no_grad():  # a validation is of the text alone
+        assert linear_cross_entropy(x, w, targets, softcap, z_loss=0.02) == plain
+        torch.testing.assert_close(linear_cross_entropy_reference(x, w, targets, softcap, z_loss=0.02), plain)
+
+
+def test_where_nothing_is_learned_no_gradient_is_formed(monkeypatch):
+    x, w, targets = case(8)
+    formed = []
+    monkeypatch.setattr(torch, "zeros_like", lambda *a, **k: formed.append(a) or torch.empty_like(*a, **k))
+    with torch.no_grad():
+        linear_cross_entropy(x, w, targets)
+    assert not formed
+    linear_cross_entropy(x, w, targets)
+    assert len(formed) == 2
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
 def test_rows_may_be_named_and_some_of_them_may_not_count(softcap):
     x, w, targets = case(CHUNK_ROWS + 40)
     counts = targets != -100
@@ -110,7 +139,8 @@ def test_under_autocast_the_loss_stays_fp32_and_close():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocab", [1000, 32000, 50001])
-def test_on_a_gpu_the_gradient_takes_the_logits_place_and_is_right(vocab):
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_on_a_gpu_the_gradient_takes_the_logits_place_and_is_right(vocab, z_loss):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(700, 256, generator=generator).cuda().bfloat16().requires_grad_()
     weight = (0.05 * torch.randn(vocab, 256, generator=generator)).cuda().bfloat16().requires_grad_()
@@ -119,7 +149,7 @@ def test_on_a_gpu_the_gradient_takes_the_logits_place_and_is_right(vocab):
     found = []
     for function in (linear_cross_entropy, linear_cross_entropy_reference):
         hidden.grad = weight.grad = None
-        loss = function(hidden, weight, targets)
+        loss = function(hidden, weight, targets, z_loss=z_loss)
         loss.backward()
         found.append((loss.detach(), hidden.grad.clone(), weight.grad.clone()))
     for ours, theirs in zip(*found, strict=True):

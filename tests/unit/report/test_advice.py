@@ -74,7 +74,7 @@ def test_a_recipe_that_leaves_all_open_has_no_fault() -> None:
             ELYZA,
             {"method": "qlora", "strategy": "model_parallel", "limits__micro_batch_tokens": 16384},
         ),
-        ("bubble", ELYZA, {"method": "qlora", "strategy": "pipeline", "limits__micro_batch_tokens": 4096}),
+        ("bubble", ELYZA, {"method": "qlora", "strategy": "pipeline", "limits__micro_batch_tokens": 8192}),
         (
             "link",
             ELYZA,
