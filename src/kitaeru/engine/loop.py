@@ -158,7 +158,7 @@ class Loop(Kept):
         has computed. None when memory ran out on it: then the gradients are nobody's.
         """
         trainee = self.trainee
-        if not trainee.model.training:  # asking thousands of modules takes 10 ms
+        if not (trainee.model.training and trainee.causal_lm.training):  # asking thousands of modules takes 10 ms
             trainee.model.train()
 
         def begin(number: int | None) -> None:
