@@ -7,6 +7,7 @@ ready.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,7 @@ from kitaeru.errors import TrainingError
 from kitaeru.events import Listener, Notice
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import N_, tr
+from kitaeru.kernels import flash
 from kitaeru.machine.probe import host_memory
 from kitaeru.model import attention
 from kitaeru.model import fused as fusing
@@ -188,6 +190,30 @@ def _check_ram(trainee: Trainee) -> None:
                 "model, or --set method=lora."
             ),
         )
+
+
+def choose_attention(trainee: Trainee) -> None:
+    """Let the fastest flash attention that is installed, and right for this model's heads, be torch's; the main process
+    decides for all.
+    """
+    config = trainee.causal_lm.config
+    sixteen = DTYPES[trainee.plan.layout.precision]
+    if config._attn_implementation != attention.NAME or sixteen == torch.float32:
+        return
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = flash.Shape(heads, getattr(config, "num_key_value_heads", None) or heads, width, width**-0.5)
+    tried = trainee.world.said(flash.settle(shape, trainee.device, sixteen) if trainee.world.main else [])
+    if not tried:
+        return
+    if not trainee.world.main:
+        flash.use(tried[0].name)
+    took = ", ".join(
+        f"{t.title} {1000 * t.seconds:.2f} ms" if math.isfinite(t.seconds) else f"{t.title} – ({t.why})" for t in tried
+    )
+    trainee.say(
+        tr("Attention is computed by {name}, the fastest that is installed: {took}.", name=tried[0].title, took=took)
+    )
 
 
 def check_packing(trainee: Trainee) -> None:
@@ -370,6 +396,7 @@ PASSES: tuple[tuple[Callable[[Trainee], None], str], ...] = (
     (adapt, N_("Preparing the weights to train")),
     (share_out, N_("Sharing the model out")),
     (seed_layers, N_("Setting up random numbers")),
+    (choose_attention, N_("Choosing the attention kernel")),
     (check_packing, N_("Checking that packed examples do not see each other")),
     (fuse_layers, N_("Fusing layers")),
     (checkpoint_activations, N_("Setting up recomputation")),
