@@ -20,7 +20,7 @@ from kitaeru.engine.build import Trainee
 from kitaeru.engine.gates import gradient_gate
 from kitaeru.engine.keep import Kept
 from kitaeru.engine.ladder import Ladder
-from kitaeru.engine.memory import out_of_memory, peak_bytes, trim
+from kitaeru.engine.memory import peak_bytes, trim
 from kitaeru.engine.optim import set_rate
 from kitaeru.engine.schedule import rate
 from kitaeru.engine.watch import Stopwatch
@@ -181,13 +181,11 @@ class Loop(Kept):
         graphs' memory up first, and tries once more.
         """
         replays = self.trainee.held.replays if self.world.size == 1 else None
-        for last in (replays is None, True):
+        for _ in range(2):
             try:
                 return passes()
             except (RuntimeError, MemoryError) as error:
-                if last or not out_of_memory(error):
-                    self.ladder.caught(error, self.progress.step)
-                    return None
+                self.ladder.caught(error, self.progress.step)
             if replays is None or not replays.drop():
                 break
         return None
