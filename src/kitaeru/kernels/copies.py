@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.frozen import padded, three
+from kitaeru.kernels.frozen import high_and_low, padded, three
 from kitaeru.kernels.rows import FP8_MOST, INT8_TOP, TINY, top, turns
 from kitaeru.kernels.triton_or_none import cdiv, launch, tl, triton, use_triton
 from kitaeru.kernels.turned import turn
@@ -102,8 +102,7 @@ def digits_reference(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dtype == torch.int8:
         first = scaled.round()
         return torch.stack([first, ((scaled - first) * 254).round()]).to(dtype), scale
-    first = scaled.to(dtype).float()
-    return torch.stack([first, scaled - first]).to(dtype), scale
+    return torch.stack(high_and_low(scaled)).to(dtype), scale
 
 
 def copy_reference(shares: Shares, parameters: Sequence[Tensor], down: Copy, up: Copy) -> None:

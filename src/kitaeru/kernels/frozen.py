@@ -193,10 +193,16 @@ def adapter_columns(values: Tensor, extra: int, dtype: torch.dtype, *, weight: b
     if dtype != torch.float8_e4m3fn:
         columns[:, :rank] = values
         return columns
-    wide = values.float().clamp(-FP8_MOST, FP8_MOST)
-    high = ((wide.view(torch.int32) + 0x80000) & -0x100000).view(torch.float32)  # rounded to e4m3's 4 significant bits
-    columns[:, : 2 * rank] = torch.cat([high, wide - high if weight else high], 1)
+    high, low = high_and_low(values)
+    columns[:, : 2 * rank] = torch.cat([high, low if weight else high], 1)
     return columns
+
+
+def high_and_low(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers, cut off where e4m3 ends, as one of 4 significant bits and what it leaves over: both fp32."""
+    wide = values.float().clamp(-FP8_MOST, FP8_MOST)
+    high = ((wide.view(torch.int32) + 0x80000) & -0x100000).view(torch.float32)
+    return high, wide - high
 
 
 def write_adapter(values: Tensor, scale: Tensor | None, out: Tensor, width: int, *, weight: bool) -> None:
