@@ -26,6 +26,7 @@ from kitaeru.events import Listener, Notice
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import N_, tr
 from kitaeru.kernels import flash
+from kitaeru.machine.measure import Bench
 from kitaeru.machine.probe import host_memory
 from kitaeru.model import attention
 from kitaeru.model import fused as fusing
@@ -49,6 +50,9 @@ from kitaeru.plan.stored import trains_from_ram
 from kitaeru.plan.types import Plan
 
 T = TypeVar("T")
+
+# For which each flash attention is timed.
+FLASH_SECONDS = 0.05
 
 
 @dataclass
@@ -203,7 +207,8 @@ def choose_attention(trainee: Trainee) -> None:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     shape = flash.Shape(heads, getattr(config, "num_key_value_heads", None) or heads, width, width**-0.5)
-    tried = trainee.world.said(flash.settle(shape, trainee.device, sixteen) if trainee.world.main else [])
+    timer = Bench(trainee.device, FLASH_SECONDS, quick=True).time
+    tried = trainee.world.said(flash.settle(shape, trainee.device, timer, sixteen) if trainee.world.main else [])
     if not tried:
         return
     if not trainee.world.main:
