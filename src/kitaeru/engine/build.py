@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kitaeru.data.types import MicroBatch
+from kitaeru.engine.in_backward import InBackward
 from kitaeru.engine.optim import build_optimizer
 from kitaeru.errors import TrainingError
 from kitaeru.events import Listener, Notice
@@ -74,6 +75,7 @@ class Trainee:
     names: list[str] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
+    in_backward: InBackward | None = None
     draws: Draws = field(default_factory=Draws)
     parts: Parts | None = None
     frozen_hash: int = 0
@@ -381,6 +383,8 @@ def make_optimizer(trainee: Trainee) -> None:
     trainee.optimizer = trainee.held.optimizer or _optimizer(trainee, trainee.named)
     enabled = trainee.plan.layout.precision == "fp16"
     trainee.scaler = torch.amp.GradScaler(trainee.device.type, enabled=enabled)
+    if trainee.plan.layout.step_in_backward:
+        trainee.in_backward = InBackward(trainee.optimizer, trainee.named)
 
 
 def _optimizer(trainee: Trainee, named: Named) -> torch.optim.Optimizer:
