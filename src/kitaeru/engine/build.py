@@ -98,7 +98,9 @@ class Trainee:
     def autocast(self) -> Iterator[None]:
         """The arithmetic of the plan: autocast in 16 bits, nothing in fp32."""
         precision = self.plan.layout.precision
-        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        # A weight is read once a pass: where memory is short, its copy in 16 bits is not held until the pass is over.
+        cache = not self.plan.layout.step_in_backward
+        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=cache):
             yield
 
     def say(self, text: str, level: str = "info", step: int = 0) -> None:

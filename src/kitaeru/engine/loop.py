@@ -331,8 +331,8 @@ class Loop(Kept):
         last = next(reversed(checkpoint.available(self.folder)), None)
         return tr(
             "Weights had changed in the backward pass by then, so this step is lost. Look at the examples with "
-            "`kitaeru data check`, lower train.learning_rate, and go on from the last checkpoint ({name}) with --resume; "
-            "with --set train.step_in_backward=false gradients are looked at before they change anything.",
+            "`kitaeru data check`, lower train.learning_rate, and go on from the last checkpoint ({name}) with "
+            "--resume; with --set train.step_in_backward=false gradients are looked at before they change anything.",
             name=tr("there is none yet") if last is None else last.name,
         )
 
