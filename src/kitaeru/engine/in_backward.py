@@ -48,8 +48,9 @@ class InBackward:
             self._doing = "keep"
 
     def drop(self) -> None:
-        """The rest of this `doing` changes nothing."""
-        self._doing = "drop"
+        """The rest of this `doing` changes nothing; outside of one, nothing is to be kept from changing."""
+        if self._doing != "keep":
+            self._doing = "drop"
 
     @property
     def half_done(self) -> bool:

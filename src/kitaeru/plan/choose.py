@@ -15,7 +15,7 @@ from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
 from kitaeru.plan import fused
-from kitaeru.plan.activations import input_bytes, one_layer_bytes
+from kitaeru.plan.activations import cast_bytes, input_bytes, one_layer_bytes
 from kitaeru.plan.calibrate import Profile, own_profile
 from kitaeru.plan.decide import decide_learning, default_seq_len, fill
 from kitaeru.plan.deepspeed import offloads, read_own
@@ -168,11 +168,11 @@ class Pricing:
             if whole and (policy in ("keep8", "offload") or (policy == "recompute" and row[0].strategy in STAGED)):
                 continue
             found = list(self._sizes(row))
-            fitting = {c.layout.micro_batch_tokens for c in found if self._fits_whole(c)}
+            fitting = {c.layout.micro_batch_tokens for c in found if c.fits}
             candidates += found
             if policy == "recompute" and i and fitting and not whole:
                 candidates += self._some(rows[i - 1], max(fitting))
-            whole = row[-1].micro_batch_tokens in fitting
+            whole = any(self._fits_whole(c) for c in found if c.layout.micro_batch_tokens == row[-1].micro_batch_tokens)
         return candidates
 
     def _some(self, row: Sequence[Layout], most: int) -> Iterator[Candidate]:
@@ -200,6 +200,8 @@ class Pricing:
         if missing <= 0:
             return None
         saved = one_layer_bytes(kept, self.problem.shape, load.setting) - input_bytes(kept, self.problem.shape)
+        if kept.step_in_backward:  # which lets go of a layer's copies in 16 bits too
+            saved += cast_bytes(kept, self.problem.shape, load.setting.lora) // layers
         count = max(1, int(missing / needed_per_byte(kept) / max(1, saved)))
         for recomputed in range(count, min(count + 4, layers)):
             candidate = self._candidate(replace(kept, recomputed=recomputed))

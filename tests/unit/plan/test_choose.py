@@ -344,6 +344,16 @@ def test_weights_change_in_the_backward_pass_where_all_gradients_do_not_fit() ->
     assert refused.value.remedy.endswith(" GB: --set train.max_grad_norm=0.0")
 
 
+@pytest.mark.parametrize(("gb", "taken"), [(40, True), (50, False)])
+def test_gradients_that_fit_are_kept_unless_it_is_clearly_slower(gb: int, taken: bool) -> None:
+    """In 50 GB it would be the same layers, or one or two fewer that are computed again."""
+    train = LEAN | {"global_batch_tokens": 4096}
+    made = plan("Qwen/Qwen3-4B", H100, method="full", limits={"memory_gb": gb}, train=train)
+    assert made.layout.step_in_backward == taken
+    assert made.layout.micro_batch_tokens == 4096
+    assert 20 < made.layout.recomputed < 32
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
