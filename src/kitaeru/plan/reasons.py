@@ -15,6 +15,9 @@ from kitaeru.plan.stored import compute_bytes, packs_experts, trained_parameters
 from kitaeru.plan.types import Candidate, Decision, Layout
 from kitaeru.recipe.types import Optimizer
 
+# Less is not spoken of.
+WORTH_GB = 0.1
+
 
 def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
     """Decisions about layout and device, for the fields the recipe leaves open."""
@@ -189,7 +192,7 @@ def _why_in_backward(problem: Problem, chosen: Candidate) -> str:
     reason = illegal(lean, problem.recipe, problem.device, problem.shape, micro_batches)
     if reason is None:
         return tr("All gradients, {size:.1f} GB, fit.", size=size)
-    if layout.strategy != "single" or layout.variant:
+    if layout.strategy != "single" or layout.variant or size < WORTH_GB:
         return reason
     return reason + " " + tr("Else up to {size:.1f} GB of gradients could be saved.", size=size)
 
