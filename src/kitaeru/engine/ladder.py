@@ -52,6 +52,7 @@ class Rung:
             activations=self.activations,
             recomputed=self.recomputed,
             graphs=planned.graphs and self.activations != "offload",
+            step_in_backward=planned.step_in_backward and self.micro_batch_tokens == planned.micro_batch_tokens,
         )
 
     def event(self) -> SteppedDown:
