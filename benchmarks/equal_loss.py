@@ -5,7 +5,9 @@
 
 Each run is a real QLoRA run of the command line; those of one seed see the same examples in the same order from the
 same adapter. What counts: the mean training loss of the last fifth of the steps, and the validation loss at the end,
-each against the plain run of the same seed, and how far seeds lie apart.
+each against the plain run of the same seed, and how far seeds lie apart. Beside them a task score of each result: the
+share of questions of `--task` whose right answer is the likeliest (without it: which answer belongs to a held-out
+conversation, of four).
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ import time
 from pathlib import Path
 
 from table import write
+from task_score import questions, score_of
 
 from kitaeru import events
 
-FIELDS = ("arithmetic", "seed", "steps", "train_loss", "valid_loss", "valid_loss_before", "seconds", "device", "date")
+FIELDS = (
+    "arithmetic", "seed", "steps", "train_loss", "valid_loss", "valid_loss_before", "task_score", "seconds", "device",
+    "date",
+)  # fmt: skip
 
 
 def command(arithmetic: str, seed: int, run: Path, arguments: argparse.Namespace) -> list[str]:
@@ -70,8 +76,15 @@ def row_of(arithmetic: str, seed: int, run: Path, most: int) -> dict[str, object
 
 
 def verdict(rows: list[dict[str, object]]) -> list[str]:
-    """For each arithmetic and kind of loss: the mean gap to plain, seed by seed, beside the spread of plain's seeds."""
+    """For each arithmetic the mean task score; for each kind of loss the mean gap to plain, seed by seed, beside the
+    spread of plain's seeds.
+    """
     found = []
+    scores = {(r["arithmetic"], r["seed"]): float(str(r["task_score"])) for r in rows if r["task_score"] != ""}
+    for name in dict.fromkeys(arithmetic for arithmetic, _ in scores):
+        own = [score for (arithmetic, _), score in scores.items() if arithmetic == name]
+        spread = statistics.stdev(own) if len(own) > 1 else 0.0
+        found.append(f"task score {name}: {statistics.mean(own):.1%} (seeds lie {spread:.1%} apart), {len(own)} seeds")
     for kind in ("train_loss", "valid_loss"):
         losses = {(r["arithmetic"], r["seed"]): float(str(r[kind])) for r in rows if r[kind] != ""}
         plain = {seed: loss for (arithmetic, seed), loss in losses.items() if arithmetic == "plain"}
@@ -94,6 +107,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=4096, help="of a step")
     parser.add_argument("--valid-examples", type=int, default=400)
+    parser.add_argument("--task", type=Path, help="rows of question, choices, answer; default: --valid")
+    parser.add_argument("--task-questions", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arithmetic", nargs="+", default=["plain", "fp8", "int8"])
     parser.add_argument("--at-once", type=int, default=9, help="runs side by side")
@@ -126,6 +141,11 @@ def main() -> None:
     found = [row_of(*key, arguments.work / f"{key[0]}-{key[1]}", arguments.steps) for key in every]
     common = min((int(str(row["steps"])) for row in found if row), default=0)
     again = [row_of(*key, arguments.work / f"{key[0]}-{key[1]}", common) for key in every]
+    asked = questions(arguments.task or arguments.valid, arguments.task_questions)
+    for key, row in zip(every, again, strict=True):
+        if row:
+            score = score_of(arguments.work / f"{key[0]}-{key[1]}", asked)
+            row["task_score"] = "" if score is None else round(score, 4)
     rows = [row for row in again if row]
     write(arguments.out, rows, FIELDS)
     for row in rows:

@@ -99,6 +99,7 @@ class Training:
         arithmetic: str = "plain",
         shards: int = 0,
         recomputed: int = 0,
+        step_in_backward: bool = False,
         world: World | None = None,
         recipe: Recipe | None = None,
         **changes: Any,
@@ -121,6 +122,7 @@ class Training:
             arithmetic=arithmetic,  # type: ignore[arg-type]
             shards=shards,
             recomputed=recomputed,
+            step_in_backward=step_in_backward,
         )
         self.plan = Plan(self.recipe, Candidate(layout, {}, 0, True))
         self.tokenizer = load_tokenizer(self.recipe.model)

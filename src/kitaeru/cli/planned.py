@@ -26,6 +26,7 @@ PLANNED = (
     "train.precision",
     "train.arithmetic",
     "train.cuda_graphs",
+    "train.step_in_backward",
     "train.warmup_steps",
     "train.eval_every",
     "train.save_every",

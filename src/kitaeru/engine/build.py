@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kitaeru.data.types import MicroBatch
+from kitaeru.engine.in_backward import InBackward
 from kitaeru.engine.optim import build_optimizer
 from kitaeru.errors import TrainingError
 from kitaeru.events import Listener, Notice
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import N_, tr
 from kitaeru.kernels import flash
+from kitaeru.machine.measure import Bench
 from kitaeru.machine.probe import host_memory
 from kitaeru.model import attention
 from kitaeru.model import fused as fusing
@@ -50,6 +52,9 @@ from kitaeru.plan.types import Plan
 
 T = TypeVar("T")
 
+# For which each flash attention is timed.
+FLASH_SECONDS = 0.05
+
 
 @dataclass
 class Trainee:
@@ -70,6 +75,7 @@ class Trainee:
     names: list[str] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
+    in_backward: InBackward | None = None
     draws: Draws = field(default_factory=Draws)
     parts: Parts | None = None
     frozen_hash: int = 0
@@ -92,7 +98,9 @@ class Trainee:
     def autocast(self) -> Iterator[None]:
         """The arithmetic of the plan: autocast in 16 bits, nothing in fp32."""
         precision = self.plan.layout.precision
-        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        # A weight is read once a pass: where memory is short, its copy in 16 bits is not held until the pass is over.
+        cache = not self.plan.layout.step_in_backward
+        with torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=cache):
             yield
 
     def say(self, text: str, level: str = "info", step: int = 0) -> None:
@@ -203,7 +211,8 @@ def choose_attention(trainee: Trainee) -> None:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     shape = flash.Shape(heads, getattr(config, "num_key_value_heads", None) or heads, width, width**-0.5)
-    tried = trainee.world.said(flash.settle(shape, trainee.device, sixteen) if trainee.world.main else [])
+    timer = Bench(trainee.device, FLASH_SECONDS, quick=True).time
+    tried = trainee.world.said(flash.settle(shape, trainee.device, timer, sixteen) if trainee.world.main else [])
     if not tried:
         return
     if not trainee.world.main:
@@ -376,6 +385,8 @@ def make_optimizer(trainee: Trainee) -> None:
     trainee.optimizer = trainee.held.optimizer or _optimizer(trainee, trainee.named)
     enabled = trainee.plan.layout.precision == "fp16"
     trainee.scaler = torch.amp.GradScaler(trainee.device.type, enabled=enabled)
+    if trainee.plan.layout.step_in_backward:
+        trainee.in_backward = InBackward(trainee.optimizer, trainee.named)
 
 
 def _optimizer(trainee: Trainee, named: Named) -> torch.optim.Optimizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,20 +20,26 @@ SPIKE_WINDOW = 50
 
 
 def gradient_gate(
-    named: Sequence[tuple[str, nn.Parameter]], step: int, world: World | None = None, names: Sequence[str] = ()
+    named: Sequence[tuple[str, nn.Parameter]],
+    step: int,
+    world: World | None = None,
+    names: Sequence[str] = (),
+    alive: Collection[str] | None = None,
 ) -> list[str]:
     """Every trained tensor must receive a gradient that is not all zero, or it learns nothing.
 
     A LoRA A whose B is still zero has no gradient yet, by its definition: it is looked at once B has moved. Experts of
     a mixture may see no token in one batch: their names are returned, for a notice. Of a tensor in pieces, one that has
-    a gradient is enough. `names` are all that are trained, where ranks hold different ones.
+    a gradient is enough. `names` are all that are trained, where ranks hold different ones. `alive`: those that this
+    rank has seen to be well, where their gradients are gone.
 
     Raises:
         TrainingError: names the tensors that learn nothing.
     """
-    weights = dict(named)
-    names = names or list(weights)
-    found = [name in weights and _lives(name, weights) for name in names]
+    names = names or [name for name, _ in named]
+    if alive is None:
+        alive = {name for name, parameter in named if _lives(parameter.grad)} | waiting(named)
+    found = [name in alive for name in names]
     counts = (world or World()).sum(torch.tensor(found, dtype=torch.int64)).tolist()
     silent = [name for name, count in zip(names, counts, strict=True) if not count]
     experts = [name for name in silent if "expert" in name]
@@ -55,11 +61,14 @@ def gradient_gate(
     return experts
 
 
-def _lives(name: str, weights: dict[str, nn.Parameter]) -> bool:
-    gradient = weights[name].grad
-    if gradient is not None and (bool(gradient.reshape(-1)[:4096].any()) or bool(gradient.any())):
-        return True
-    return _waits_for_b(name, weights)
+def _lives(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and (bool(gradient.reshape(-1)[:4096].any()) or bool(gradient.any()))
+
+
+def waiting(named: Sequence[tuple[str, nn.Parameter]]) -> set[str]:
+    """Each A of LoRA whose B is still zero."""
+    weights = dict(named)
+    return {name for name in weights if _waits_for_b(name, weights)}
 
 
 def _waits_for_b(name: str, weights: dict[str, nn.Parameter]) -> bool:
@@ -76,11 +85,20 @@ class LossWatch:
 
     def verdict(self, loss: float) -> str:
         """ "ok", "nan" or "spike". Good losses, and spikes that are only spoken of, join the window."""
+        found = self._judged(loss)
+        if self.allows(loss):
+            self.recent.append(loss)
+        return found
+
+    def allows(self, loss: float) -> bool:
+        """Whether weights may change by a step with this loss."""
+        found = self._judged(loss)
+        return found == "ok" or (found == "spike" and self.section.on_spike == "ignore")
+
+    def _judged(self, loss: float) -> str:
         if not math.isfinite(loss):
             return "nan"
         spike = len(self.recent) >= 10 and loss > self.section.spike_factor * statistics.median(self.recent)
-        if not spike or self.section.on_spike == "ignore":
-            self.recent.append(loss)
         return "spike" if spike else "ok"
 
     def restore(self, losses: Iterable[float]) -> None:

@@ -52,6 +52,7 @@ class Rung:
             activations=self.activations,
             recomputed=self.recomputed,
             graphs=planned.graphs and self.activations != "offload",
+            step_in_backward=planned.step_in_backward and self.micro_batch_tokens == planned.micro_batch_tokens,
         )
 
     def event(self) -> SteppedDown:
@@ -103,9 +104,12 @@ def lower(layout: Layout, *, longest: int, packing: bool, layers: int) -> Layout
     >>> again = replace(layout, activations="recompute")
     >>> [lower(one, longest=4090, packing=True, layers=9) is None for one in (again, replace(again, variant="offload"))]
     [False, True]
+    >>> lower(replace(layout, step_in_backward=True), longest=100, packing=True, layers=9).name
+    'single/lora/keep-recompute5/4096'
     """
     least = -(-longest // 8) * 8
-    if packing and layout.micro_batch_tokens > least:
+    # Several micro-batches a step would need all gradients at once.
+    if packing and layout.micro_batch_tokens > least and not layout.step_in_backward:
         return replace(layout, micro_batch_tokens=max(least, layout.micro_batch_tokens // 16 * 8))
     by_layer, half = layout.strategy in BY_LAYER and layout.variant not in (DISK, "offload"), -(-layers // 2)
     if layout.activations.startswith("keep"):

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from kitaeru.data.batches import MicroBatches, eval_batches, micro_batches
 from kitaeru.data.corpus import Corpus
 from kitaeru.data.types import MicroBatch
+from kitaeru.engine import checkpoint
 from kitaeru.engine.adamw16 import AdamW16
 from kitaeru.engine.build import Trainee
-from kitaeru.engine.gates import gradient_gate
+from kitaeru.engine.gates import gradient_gate, waiting
+from kitaeru.engine.in_backward import Doing
 from kitaeru.engine.keep import Kept
 from kitaeru.engine.ladder import Ladder
 from kitaeru.engine.memory import peak_bytes, trim
@@ -32,6 +34,8 @@ from kitaeru.parallel.types import Work
 # A terminal's Ctrl-C reaches every process of a run, and whoever started them passes it on: one wish, heard twice.
 SAME_SIGNAL_SECONDS = 0.5
 TRIM_EVERY = 16
+# Steps of a start or a resumption whose gradients are looked at one by one.
+GATED = 2
 
 
 class Loop(Kept):
@@ -43,6 +47,7 @@ class Loop(Kept):
         super().__init__(trainee, train, valid, run, fingerprints)
         self.total = self.section.max_steps or self.sampler.steps_in(self.section.epochs or 1.0)
         self.gated = 0
+        self.waiting: set[str] = set()  # what need not have a gradient yet
         longest = max(corpus.facts.longest for corpus in (train, valid) if corpus is not None)
         self.ladder = Ladder(trainee, run, longest, self._save_now)
         self.clock = Stopwatch(trainee.device)
@@ -97,7 +102,8 @@ class Loop(Kept):
         multiplier = rate(index, self.total, self.section)
         set_rate(trainee.optimizer, multiplier)
         while True:
-            shares = self._gradients(batches, trained, index)
+            with self._changing("step", batches):
+                shares = self._gradients(batches, trained, index)
             # Alone, all of it is launched before anything is waited for.
             early = self._clipped() if shares is not None and self.world.size == 1 else None
             losses = self._together(shares, len(batches))
@@ -167,7 +173,7 @@ class Loop(Kept):
             self.world.pulse.working(index)
             trainee.draws.begin((self.section.seed * 1_000_003 + index) * 65_537 + (number or 0))
 
-        work = self._work(batches, begin, lambda loss: loss / trained)
+        work = self._work(batches, begin, lambda loss: loss / trained, self._to_go_back)
         self.clock.mark("begin")
         shares = self._passes(lambda: trainee.strategy.gradients(trainee.held, work))
         self.clock.mark("own")
@@ -175,6 +181,23 @@ class Loop(Kept):
         trainee.strategy.reduce(trainee.held)
         self.clock.mark("whole")
         return shares
+
+    def _changing(self, what: Doing, batches: MicroBatches) -> AbstractContextManager[None]:
+        """Where weights change in the backward pass, what that does to them."""
+        in_backward = self.trainee.in_backward
+        if in_backward is None:
+            return nullcontext()
+        assert len(batches) == 1, "a gradient is not whole before its last micro-batch"
+        if self.gated < GATED:
+            self.waiting = waiting(self.trainee.named)
+        return in_backward.doing(what)
+
+    def _to_go_back(self, share: torch.Tensor) -> torch.Tensor:
+        """What a backward pass begins with. Where that changes weights, the loss is looked at before."""
+        in_backward = self.trainee.in_backward
+        if in_backward is not None and not self.watch.allows(float(share.detach())):
+            in_backward.drop()
+        return self.trainee.scaler.scale(share)
 
     def _passes(self, passes: Callable[[], dict[int, torch.Tensor]]) -> dict[int, torch.Tensor] | None:
         """What they give; None when memory ran out on this rank, and nothing of them is left. Alone, a rank gives its
@@ -185,7 +208,9 @@ class Loop(Kept):
             try:
                 return passes()
             except (RuntimeError, MemoryError) as error:
-                self.ladder.caught(error, self.progress.step)
+                in_backward = self.trainee.in_backward
+                again = in_backward is None or not in_backward.half_done
+                self.ladder.caught(error, self.progress.step, again=again)
             if replays is None or not replays.drop():
                 break
         return None
@@ -195,6 +220,7 @@ class Loop(Kept):
         batches: MicroBatches,
         begin: Callable[[int | None], None],
         share: Callable[[torch.Tensor], torch.Tensor],
+        scale: Callable[[torch.Tensor], torch.Tensor] = lambda share: share,
     ) -> Work:
         """The micro-batches this rank has a part in."""
         trainee, layout = self.trainee, self.trainee.plan.layout
@@ -205,7 +231,7 @@ class Loop(Kept):
 
         replica = self.world.rank // layout.ranks_per_replica
         numbers = trainee.strategy.deal(batches.tokens, layout.replicas)[replica]
-        return Work(numbers, batches.tokens, batch, begin, trainee.autocast, share, trainee.scaler.scale)
+        return Work(numbers, batches.tokens, batch, begin, trainee.autocast, share, scale)
 
     def _rank_seconds(self) -> tuple[float, ...]:
         """What each rank spent on its own passes."""
@@ -226,6 +252,8 @@ class Loop(Kept):
     def _clipped(self) -> torch.Tensor:
         """The norm of the whole gradient, which is clipped to what the recipe allows."""
         trainee = self.trainee
+        if trainee.in_backward is not None:
+            return trainee.in_backward.norm()
         trainee.scaler.unscale_(trainee.optimizer)
         limit = self.section.max_grad_norm or math.inf
         norm = trainee.strategy.norm(trainee.held)
@@ -242,7 +270,7 @@ class Loop(Kept):
         verdict = self.watch.verdict(loss)
         # An overflow is fp16's daily bread while the scaler can still scale down; below 1 it is no overflow.
         overflow = trainee.scaler.is_enabled() and not math.isfinite(norm) and trainee.scaler.get_scale() >= 1
-        if verdict == "ok" and not math.isfinite(norm) and not overflow:
+        if not math.isfinite(norm) and not overflow:
             verdict = "nan"
         skipped = overflow
         if verdict != "ok":
@@ -258,11 +286,13 @@ class Loop(Kept):
         return skipped
 
     def _gate(self, index: int) -> None:
-        """Look at every gradient of the first two steps that count (of a start or a resumption)."""
-        if self.gated == 2:
+        """Look at every gradient of the first steps that count."""
+        if self.gated == GATED:
             return
         self.gated += 1
-        for name in gradient_gate(self.trainee.named, index, self.world, self.trainee.names)[:1]:
+        trainee = self.trainee
+        alive = None if trainee.in_backward is None else trainee.in_backward.alive() | self.waiting
+        for name in gradient_gate(trainee.named, index, self.world, trainee.names, alive)[:1]:
             self.trainee.say(
                 tr("Some experts saw no token in this step, for example {name}.", name=name), step=index + 1
             )
@@ -286,12 +316,25 @@ class Loop(Kept):
             raise TrainingError(
                 what + " " + tr("Examples: {names}", names=", ".join(names[:8]) + (" …" if len(names) > 8 else "")),
                 where=tr("step {step}", step=index + 1),
-                remedy=tr(
-                    "Look at them with `kitaeru data check`, lower train.learning_rate, or go on past such steps with "
-                    "--set train.on_nan=skip (train.on_spike=skip). The last checkpoint is untouched."
-                ),
+                remedy=self._remedy(),
             )
         return policy == "skip"
+
+    def _remedy(self) -> str:
+        """What can be done about a step that must not count."""
+        in_backward = self.trainee.in_backward
+        if in_backward is None or not in_backward.moved:
+            return tr(
+                "Look at them with `kitaeru data check`, lower train.learning_rate, or go on past such steps with "
+                "--set train.on_nan=skip (train.on_spike=skip). The last checkpoint is untouched."
+            )
+        last = next(reversed(checkpoint.available(self.folder)), None)
+        return tr(
+            "Weights had changed in the backward pass by then, so this step is lost. Look at the examples with "
+            "`kitaeru data check`, lower train.learning_rate, and go on from the last checkpoint ({name}) with "
+            "--resume; with --set train.step_in_backward=false gradients are looked at before they change anything.",
+            name=tr("there is none yet") if last is None else last.name,
+        )
 
     def _validate(self) -> bool:
         """Validate now; whether the loss is the lowest so far (before training there is nothing to be best)."""

@@ -75,7 +75,10 @@ def preflight(loop: Loop) -> None:
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
             batches = _batches(loop)
-            if loop._gradients(batches, batches.trained_tokens, 0) is not None:
+            set_rate(trainee.optimizer, 0.0)
+            with loop._changing("rehearse", batches):
+                shares = loop._gradients(batches, batches.trained_tokens, 0)
+            if shares is not None:
                 break
             loop.ladder.down(0)
         _step(loop)
@@ -115,7 +118,6 @@ def _step(loop: Loop) -> None:
     for _, parameter in trainee.named:
         if parameter.grad is not None:
             parameter.grad.zero_()
-    set_rate(trainee.optimizer, 0.0)
     try:
         trainee.optimizer.step()
     except (RuntimeError, MemoryError) as error:

@@ -17,7 +17,7 @@ _Flat = dict[str, Any]
 _FREE = re.compile(
     r"recipe\.("
     r"output|preset|strategy|limits\..*|track\..*|samples\..*|data\.workers"
-    r"|train\.(save_every|eval_every|keep_checkpoints)"
+    r"|train\.(save_every|eval_every|keep_checkpoints|step_in_backward)"
     r")"
 )
 _PATH_OF_DATA = re.compile(r"recipe\.data\.(train|valid)\.\d+\.path")

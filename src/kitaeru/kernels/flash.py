@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ CLOSE = 0.02
 FEW, MANY = (65, 3, 200), (1500, 37, 700, 1859, 4096)
 # A faster one must be so by this share: otherwise chance decides.
 GAIN = 1.03
+# Seconds of a call, however they are measured.
+Timer = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,15 @@ def installed(device: torch.device) -> list[str]:
     return [name for name, module in MODULES.items() if fit[name] and _is_there(module)]
 
 
-def settle(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Tried]:
+def settle(shape: Shape, device: torch.device, time: Timer, dtype: torch.dtype = torch.bfloat16) -> list[Tried]:
     """Try what is installed beside torch's own, and leave the fastest that is right in place: the first of the list,
-    the fastest first. Empty, and nothing is changed, if nothing is installed.
+    the fastest by `time` first. Empty, and nothing is changed, if nothing is installed.
     """
     names = installed(device)
     if not names:
         return []
-    own = _tried(None, shape, device, dtype)
-    others = [_tried(name, shape, device, dtype) for name in names]
+    own = _tried(None, shape, device, time, dtype)
+    others = [_tried(name, shape, device, time, dtype) for name in names]
     best = min(others, key=lambda tried: tried.seconds)
     if best.seconds * GAIN > own.seconds:
         best = own
@@ -96,13 +99,14 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def _tried(name: str | None, shape: Shape, device: torch.device, dtype: torch.dtype) -> Tried:
+def _tried(name: str | None, shape: Shape, device: torch.device, time: Timer, dtype: torch.dtype) -> Tried:
     try:
         use(name)
         off = _off(shape, device, dtype)
         if not off <= CLOSE:  # which nan is not
             return Tried(name, float("inf"), f"{off:.3f}")
-        return Tried(name, _seconds(shape, device, dtype))
+        inputs, starts, up = _packed(MANY, shape, device, dtype)
+        return Tried(name, time(lambda: attend_backward(up, attend(*inputs, starts, max(MANY), shape.scale))))
     except Exception as error:  # somebody else's package, compiled for who knows what
         return Tried(name, float("inf"), f"{type(error).__name__}: {error}".partition("\n")[0])
 
@@ -134,18 +138,3 @@ def _off(shape: Shape, device: torch.device, dtype: torch.dtype) -> float:
         float((a.detach().float() - b).norm() / b.norm())
         for a, b in zip(ours, (t.detach() for t in theirs), strict=True)
     )
-
-
-def _seconds(shape: Shape, device: torch.device, dtype: torch.dtype, tries: int = 5) -> float:
-    """The least time of both passes."""
-    inputs, starts, up = _packed(MANY, shape, device, dtype)
-    best = float("inf")
-    for number in range(tries + 2):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
-        attend_backward(up, attend(*inputs, starts, max(MANY), shape.scale))
-        ended.record()
-        ended.synchronize()
-        if number >= 2:  # compiled and warm
-            best = min(best, begun.elapsed_time(ended) / 1000)
-    return best

@@ -6,7 +6,7 @@ many tokens a micro-batch has. A way that the engine cannot run yet is priced an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from kitaeru.errors import PlanError
 from kitaeru.hardware import Hardware
 from kitaeru.i18n import tr
 from kitaeru.plan import fused
-from kitaeru.plan.activations import input_bytes, one_layer_bytes
+from kitaeru.plan.activations import cast_bytes, input_bytes, one_layer_bytes
 from kitaeru.plan.calibrate import Profile, own_profile
 from kitaeru.plan.decide import decide_learning, default_seq_len, fill
 from kitaeru.plan.deepspeed import offloads, read_own
@@ -48,6 +48,8 @@ __all__ = ["Survey", "default_seq_len", "make_plan", "survey"]
 TIE = 0.02
 # How many times as fast activations in RAM must be to be taken: nothing must go wrong there.
 OFFLOAD_GAIN = 1.1
+# The same of weights that change in the backward pass: a gradient that is not finite cannot be skipped.
+IN_BACKWARD_GAIN = 1.05
 # CUDA graphs are taken where they make a step shorter by so much: they hold on to memory.
 GRAPH_GAIN = 1.03
 STAGED = ("pipeline", "model_parallel")
@@ -170,7 +172,7 @@ class Pricing:
             candidates += found
             if policy == "recompute" and i and fitting and not whole:
                 candidates += self._some(rows[i - 1], max(fitting))
-            whole = row[-1].micro_batch_tokens in fitting
+            whole = any(self._fits_whole(c) for c in found if c.layout.micro_batch_tokens == row[-1].micro_batch_tokens)
         return candidates
 
     def _some(self, row: Sequence[Layout], most: int) -> Iterator[Candidate]:
@@ -183,11 +185,12 @@ class Pricing:
         for layout in reversed(row):
             if layout.micro_batch_tokens > most:
                 continue
-            found = self._fewest(layout)
-            if found is None or _seconds(found) > best:
+            found = [c for c in map(self._fewest, dict.fromkeys((layout, self._lean(layout)))) if c is not None]
+            fastest = min(map(_seconds, found), default=float("inf"))
+            if not found or fastest > best:
                 return
-            best = _seconds(found)
-            yield found
+            best = fastest
+            yield from found
 
     def _fewest(self, kept: Layout) -> Candidate | None:
         """With as few layers computed again as fit; None where none need be, or not even all but one are enough."""
@@ -197,10 +200,12 @@ class Pricing:
         if missing <= 0:
             return None
         saved = one_layer_bytes(kept, self.problem.shape, load.setting) - input_bytes(kept, self.problem.shape)
+        if kept.step_in_backward:  # which lets go of a layer's copies in 16 bits too
+            saved += cast_bytes(kept, self.problem.shape, load.setting.lora) // layers
         count = max(1, int(missing / needed_per_byte(kept) / max(1, saved)))
         for recomputed in range(count, min(count + 4, layers)):
             candidate = self._candidate(replace(kept, recomputed=recomputed))
-            if candidate.fits:
+            if candidate.fits and candidate.layout.step_in_backward == kept.step_in_backward:
                 return candidate
         return None
 
@@ -292,7 +297,7 @@ class Pricing:
             self.impossible.setdefault(f"{row[0].way}/{row[0].method}", reason)
             return
         candidate = self._candidate(row[-1])
-        low, high = 0, 0 if candidate.fits else len(row) - 1
+        low, high = 0, 0 if self._fits_whole(candidate) else len(row) - 1
         while True:
             self._remember(candidate)
             yield candidate
@@ -344,6 +349,7 @@ class Pricing:
                     arrangement.devices, arrangement.variant, arrangement.replicas, arrangement.chunks,
                     arithmetic=arithmetic,
                     shards=arrangement.shards, recomputed=recomputed, graphs=bool(problem.recipe.train.cuda_graphs),
+                    step_in_backward=bool(problem.recipe.train.step_in_backward),
                 )
                 for tokens in sizes
             ]  # fmt: skip
@@ -363,12 +369,28 @@ class Pricing:
         return Load(global_tokens(problem), problem.typical, setting, problem.even, problem.short)
 
     def _candidate(self, layout: Layout) -> Candidate:
-        """A layout with its cost; with CUDA graphs where they are left open, fit and are clearly faster."""
+        """A layout with its cost; where it does not fit, with weights that change in the backward pass; with CUDA
+        graphs where they are left open, fit and are clearly faster.
+        """
         plain, recipe = self._priced(layout), self.problem.recipe
-        if not plain.fits or recipe.train.cuda_graphs is not None or not fused.replays(layout, recipe):
+        if not plain.fits:
+            return self._priced(self._lean(layout)) if self._lean(layout) != layout else plain
+        if recipe.train.cuda_graphs is not None or not fused.replays(layout, recipe):
             return plain
         graphs = self._priced(replace(layout, graphs=True))
         return graphs if graphs.fits and _seconds(graphs) * GRAPH_GAIN < _seconds(plain) else plain
+
+    def _lean(self, layout: Layout) -> Layout:
+        """The same without all gradients at once, where that is left open and legal."""
+        train, lean = self.problem.recipe.train, replace(layout, step_in_backward=True)
+        if train.step_in_backward is not None or train.max_grad_norm or self._illegal(lean) is not None:
+            return layout
+        return lean
+
+    def _fits_whole(self, candidate: Candidate) -> bool:
+        """Whether it fits, with all gradients at once unless the recipe wants otherwise."""
+        lean = candidate.layout.step_in_backward and self.problem.recipe.train.step_in_backward is None
+        return candidate.fits and not lean
 
     def _priced(self, layout: Layout) -> Candidate:
         problem = self.problem
@@ -472,7 +494,10 @@ def micro_batch_sizes(problem: Problem, replicas: int = 1) -> list[int]:
     least = problem.least_micro_batch
     if not recipe.data.packing:
         return [least]
-    most = max(least, min(problem.usual_micro_batch, -(-global_tokens(problem) // replicas)))
+    whole = -(-global_tokens(problem) // replicas)
+    if recipe.train.step_in_backward:  # which takes one micro-batch a step
+        return [max(least, whole)]
+    most = max(least, min(problem.usual_micro_batch, whole))
     return sorted({least, most, *(size for size in _SIZES if least < size < most)})
 
 
@@ -483,8 +508,8 @@ def choose(usable: Sequence[Candidate]) -> Candidate:
     """Of those that fit and are built: the preferred method, then the fastest, the simplest, the fewest bytes.
 
     The preferred method is the first that fits whole on a device (`single` or `ddp`); where none does, all compete. A
-    way that keeps weights or the optimizer in RAM is taken where no other fits, one with activations there if it is
-    clearly faster (`OFFLOAD_GAIN`).
+    way that keeps weights or the optimizer in RAM is taken where no other fits; one with activations there, and one
+    that changes weights in the backward pass, if it is clearly faster (`OFFLOAD_GAIN`, `IN_BACKWARD_GAIN`).
     """
     pool = list(usable)
     for candidate in usable:
@@ -493,12 +518,16 @@ def choose(usable: Sequence[Candidate]) -> Candidate:
             pool = [c for c in usable if (c.layout.method, c.layout.base) == kind]
             break
     pool = [c for c in pool if not c.layout.variant.startswith("offload")] or pool
-    fastest = _fastest(pool)
-    here = [c for c in pool if c.layout.activations != "offload"]
-    if fastest.layout.activations != "offload" or not here:
-        return fastest
-    other = _fastest(here)
-    return fastest if _seconds(other) > OFFLOAD_GAIN * _seconds(fastest) else other
+    pool = _safer(pool, lambda layout: layout.step_in_backward, IN_BACKWARD_GAIN)
+    return _fastest(_safer(pool, lambda layout: layout.activations == "offload", OFFLOAD_GAIN))
+
+
+def _safer(pool: list[Candidate], risky: Callable[[Layout], bool], gain: float) -> list[Candidate]:
+    """Without the risky ones, unless the fastest is one and that many times as fast as any other."""
+    fastest, others = _fastest(pool), [c for c in pool if not risky(c.layout)]
+    if not risky(fastest.layout) or not others or _seconds(_fastest(others)) > gain * _seconds(fastest):
+        return pool
+    return others
 
 
 def _fastest(pool: Sequence[Candidate]) -> Candidate:

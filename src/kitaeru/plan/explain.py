@@ -17,7 +17,7 @@ FORMULAS: dict[str, str] = {
     "quantization": N_("1 byte for 64 weights and 4 for 16,384 (NF4); 4 a row (INT8)"),
     "weight_casts": N_("2 bytes for each weight of a trained 32-bit linear layer"),
     "adapter": N_("4 bytes x r x (inputs + outputs) of each adapted layer"),
-    "gradients": N_("4 bytes x trained parameters"),
+    "gradients": N_("4 bytes x trained parameters; where weights change in the backward pass, of the largest one"),
     "optimizer": N_(
         "AdamW: 8 bytes x trained parameters, 4 with moments in 16 bits (ZeRO: 4 more for a copy of weights)"
     ),

@@ -96,6 +96,8 @@ def no_graphs(layout: Layout, recipe: Recipe) -> str | None:
         return "way"
     if layout.activations == "offload":
         return "activations"
+    if layout.step_in_backward:
+        return "gradients"
     if recipe.train.neftune_alpha is not None:
         return "noise"
     return None if recipe.data.packing else "packing"

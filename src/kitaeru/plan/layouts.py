@@ -389,10 +389,33 @@ def _graphs_hold_fused_layers(case: Case) -> str | None:
         return tr("CUDA graphs are for single and ddp: with {way} a device waits for others in a pass.", way=layout.way)
     if reason == "activations":
         return tr("Activations that go to RAM are no part of a CUDA graph.")
+    if reason == "gradients":
+        return tr("A CUDA graph adds to gradients that stay in their places.")
     if reason == "noise":
         return tr("NEFTune draws noise for each micro-batch, and a CUDA graph draws nothing.")
     if reason == "packing":
         return tr("A CUDA graph is for micro-batches of a few sizes: it takes `data.packing: true`.")
+    return None
+
+
+def _gradients_may_go(case: Case) -> str | None:
+    """Where weights change in the backward pass, nothing may want all gradients."""
+    layout, recipe = case.layout, case.recipe
+    if not layout.step_in_backward:
+        return None
+    if layout.strategy != "single" or layout.variant:
+        return tr("Weights change in the backward pass only on one device that holds all of them.")
+    if layout.precision == "fp16":
+        return tr("fp16 looks at all gradients, whether one overflows, before weights change.")
+    if recipe.train.max_grad_norm:
+        return tr(
+            "Gradients are clipped to a norm of {limit}, which is known when all are there (`train.max_grad_norm`).",
+            limit=recipe.train.max_grad_norm,
+        )
+    if recipe.train.on_nan == "skip":
+        return tr("A gradient that is not finite could not be skipped: other weights have changed by then.")
+    if case.micro_batches > 1 or not (recipe.data.packing or recipe.train.global_batch_examples == 1):
+        return tr("A step has several micro-batches, whose gradients are added up.")
     return None
 
 
@@ -463,6 +486,7 @@ RULES: tuple[Rule, ...] = (
     _disk_keeps_frozen_layers,
     _fused_layers_are_known,
     _graphs_hold_fused_layers,
+    _gradients_may_go,
     _eight_bits_need_units,
     _zero3_cuts_numbers,
     _zero_changes_every_weight,

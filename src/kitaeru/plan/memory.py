@@ -33,6 +33,7 @@ from kitaeru.plan.stored import (
     optimizer_bytes,
     packs_experts,
     residual_bytes,
+    saved_whole,
     trained_parameters,
     trains_all,
     weight_bytes,
@@ -216,8 +217,9 @@ def memory_items(layout: Layout, shape: ModelShape, setting: Setting) -> dict[st
     """Bytes by item at the moment of a training step when their sum is largest; they add up to the predicted peak.
 
     The moments compared: the loss head of the last micro-batch, the last norm's and the last layer's backward pass, the
-    end of it (every gradient there, one layer kept), and the optimizer's step. With CUDA graphs, whose memory stays
-    taken, it is the moment of a validation: what the fullest moment of the passes took, and what that works in.
+    end of it (every gradient there, one layer kept), and the optimizer's step; where weights change in the backward
+    pass, that of the largest parameter, while everything is kept. With CUDA graphs, whose memory stays taken, it is the
+    moment of a validation: what the fullest moment of the passes took, and what that works in.
     """
     stored = stored_items(layout, shape, setting)
     every = [{**stored, **moment} for moment in moments(layout, shape, setting)]
@@ -271,15 +273,20 @@ def moments(
     trained_head = 4 * shape.vocab * shape.hidden if head and trains_all(layout) else 0
     table = 2 * trained_head if shape.tied else 0
     last = one_layer_bytes(layout.of_again, shape, setting)
-    start = {"gradients": held, "weight_casts": still_cast, "head": trained_head}
+    lean = layout.step_in_backward
+    at_head = still_cast if lean else casts  # autocast holds them until the forward pass is over
+    waiting = trained_head if shape.tied or not lean else 0  # for the same table's gradient at the other end
+    # Where weights change in the backward pass, what is there at its end, and at a parameter's step.
+    ended, stepping = (waiting, _gradients_at_once(layout, shape, setting.lora)) if lean else (gradients, gradients)
+    start = {"gradients": held, "weight_casts": still_cast, "head": waiting}
     with_head = [
-        {"gradients": held, "weight_casts": casts, "activations": kept, "head": head_bytes(layout, shape)},
+        {"gradients": held, "weight_casts": at_head, "activations": kept, "head": head_bytes(layout, shape)},
         {**start, "activations": kept, "workspace": norm},
     ]
     later = []
     if 0 < some < layers:  # the first layers are computed again, when those that were kept are through
         computed = workspace_bytes(layout.of_again, shape, setting.lora)[1]
-        there = held or gradients * (layers - some) // layers
+        there = held or (ended if lean else gradients * (layers - some) // layers)
         inputs = some * input_bytes(layout, shape)
         later = [{"gradients": there, "activations": inputs + again, "workspace": computed}]
         again = 0
@@ -289,10 +296,12 @@ def moments(
         *(with_head if head else ()),
         {**start, "activations": kept + again, "workspace": layer},
         *later,
-        {"gradients": gradients, "activations": last, "workspace": layer},
-        {"gradients": gradients, "head": table},
-        {"gradients": gradients, "workspace": _step_workspace(layout, shape, setting)},
+        {"gradients": ended, "activations": last, "workspace": layer},
+        {"gradients": max(ended, trained_head), "head": table},
+        {"gradients": stepping, "workspace": _step_workspace(layout, shape, setting)},
     ]
+    if lean:
+        passing.insert(-1, passing[-1] | {"weight_casts": still_cast, "activations": kept})
     if not layout.graphs:
         return passing
     # Graphs are captured by one thread, on a stream of their own.
@@ -307,6 +316,15 @@ def validation_bytes(layout: Layout, shape: ModelShape, setting: Setting, *, hea
     else:
         layer = one_layer_bytes(layout, shape, setting) + workspace_bytes(layout, shape, setting.lora)[1]
     return max(layer, head_bytes(replace(layout, method="lora"), shape) if head else 0)
+
+
+def _gradients_at_once(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
+    """Bytes of the largest gradient, or of the adapters' of one layer, which a fused one makes together."""
+    table = shape.vocab * shape.hidden
+    if not trains_all(layout):
+        return 4 * max(table if saved_whole(shape, lora) else 0, -(-adapter_parameters(shape, lora) // shape.layers))
+    experts = 2 * shape.experts * shape.expert_intermediate * shape.hidden
+    return 4 * max(table, experts, max(linear.weights for linear in shape.linears()))
 
 
 def _step_workspace(layout: Layout, shape: ModelShape, setting: Setting) -> int:

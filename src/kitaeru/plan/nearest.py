@@ -27,6 +27,8 @@ def not_legal(problem: Problem, reasons: Sequence[str]) -> PlanError:
         remedy = tr("Leave `limits.device` out to train on the CPU, or look for the GPU with `kitaeru doctor`.")
     elif recipe.train.cuda_graphs:
         remedy = tr("Leave `train.cuda_graphs` out: then they are used where they can be.")
+    elif recipe.train.step_in_backward:
+        remedy = tr("Leave `train.step_in_backward` out: then it is done where it can be and must.")
     elif recipe.strategy == "single" and problem.hardware.hosts > 1:
         remedy = tr("Leave `strategy` out.")
     elif recipe.train.precision in ("bf16", "fp16"):
@@ -131,8 +133,8 @@ def _changes(problem: Problem) -> Iterator[Change]:
         yield dict(loose)
     lengths = [{"data.seq_len": length} for length in _shorter(problem.longest)]
     methods: list[Change] = []
-    if recipe.method in ("full", "pretrain") and recipe.train.optimizer in ("auto", "adamw"):
-        methods.append({"train.optimizer": "adamw_8bit"})
+    if recipe.method in ("full", "pretrain"):
+        methods += _lighter_beside_weights(recipe)
     if recipe.method == "full":
         methods.append({"method": "lora"})
     if recipe.method in ("full", "lora"):
@@ -147,6 +149,16 @@ def _changes(problem: Problem) -> Iterator[Change]:
         yield from ({**loose, **method} for method in methods)
     if recipe.limits.offload_folder is None and recipe.method in ("auto", "lora", "qlora"):
         yield {**loose, "limits.offload_folder": "./offload"}
+
+
+def _lighter_beside_weights(recipe: Recipe) -> list[Change]:
+    """Without clipping, gradients need not all be there at once (`train.step_in_backward`); moments in 8 bits; both."""
+    changes: list[Change] = []
+    if recipe.train.max_grad_norm and recipe.train.step_in_backward is None:
+        changes.append({"train.max_grad_norm": 0.0})
+    if recipe.train.optimizer in ("auto", "adamw"):
+        changes.append({"train.optimizer": "adamw_8bit"})
+    return [*changes, changes[0] | changes[1]] if len(changes) == 2 else changes
 
 
 def _shorter(longest: int) -> list[int]:

@@ -15,6 +15,9 @@ from kitaeru.plan.stored import compute_bytes, packs_experts, trained_parameters
 from kitaeru.plan.types import Candidate, Decision, Layout
 from kitaeru.recipe.types import Optimizer
 
+# Less is not spoken of.
+WORTH_GB = 0.1
+
 
 def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
     """Decisions about layout and device, for the fields the recipe leaves open."""
@@ -30,6 +33,8 @@ def decide_layout(problem: Problem, chosen: Candidate) -> Iterator[Decision]:
         yield Decision("train.arithmetic", layout.arithmetic, _why_arithmetic(problem, layout))
     if recipe.train.cuda_graphs is None:
         yield Decision("train.cuda_graphs", layout.graphs, _why_graphs(problem, chosen))
+    if recipe.train.step_in_backward is None:
+        yield Decision("train.step_in_backward", layout.step_in_backward, _why_in_backward(problem, chosen))
     if recipe.method == "auto":
         yield Decision("method", layout.method, _why_method(problem, layout))
     if recipe.train.optimizer == "auto":
@@ -174,6 +179,34 @@ def _graph_sentences(chosen: Candidate) -> Iterator[str]:
         )
 
 
+def _why_in_backward(problem: Problem, chosen: Candidate) -> str:
+    layout, size = chosen.layout, 4 * chosen.trained_parameters / GB
+    if layout.step_in_backward:
+        return tr(
+            "All gradients at once would take {size:.1f} GB and do not fit, so each weight changes as soon as its "
+            "gradient is there.",
+            size=size,
+        )
+    micro_batches = chosen.speed.micro_batches if chosen.speed else 1
+    lean = replace(layout, step_in_backward=True, graphs=False)
+    reason = illegal(lean, problem.recipe, problem.device, problem.shape, micro_batches)
+    if reason is None:
+        return tr("All gradients, {size:.1f} GB, fit.", size=size)
+    if layout.strategy != "single" or layout.variant or size < WORTH_GB:
+        return reason
+    return reason + " " + tr("Else up to {size:.1f} GB of gradients could be saved.", size=size)
+
+
+def _in_backward_sentences(chosen: Candidate) -> Iterator[str]:
+    if chosen.layout.step_in_backward:
+        yield tr(
+            "Each weight changes in the backward pass, as soon as its gradient is there: all gradients at once would "
+            "take {size:.1f} GB. A gradient that is not finite ends the run. Without: "
+            "--set train.step_in_backward=false",
+            size=4 * chosen.trained_parameters / GB,
+        )
+
+
 def _why_activations(problem: Problem, chosen: Candidate) -> str:
     layout, shape = chosen.layout, problem.shape
     if layout.activations == "keep" and not layout.recomputed:
@@ -230,6 +263,7 @@ def why_chosen(problem: Problem, chosen: Candidate, link: str = "", faster: Cand
         *_speed_sentences(chosen),
         *_arithmetic_sentences(layout),
         *_graph_sentences(chosen),
+        *_in_backward_sentences(chosen),
         *_sharing_sentences(problem, chosen, link),
         *([_why_offload(chosen)] if layout.activations == "offload" else []),
         *_ram_sentences(problem, chosen),

@@ -40,6 +40,7 @@ class Layout:
     `arithmetic`: of the frozen products; but for `plain`, a layer is one fused operation (`plan.fused`), whose gate and
     up `keep8` keeps in 8 bits. `recomputed`: so many of the first layers compute again what the others `keep`.
     `graphs`: a micro-batch's passes are one CUDA graph, whose memory stays taken as long as the run lasts.
+    `step_in_backward`: a parameter is changed as soon as its gradient is there, which is then let go of.
     """
 
     strategy: str
@@ -58,6 +59,7 @@ class Layout:
     shards: int = 0
     recomputed: int = 0
     graphs: bool = False
+    step_in_backward: bool = False
 
     def again(self, layers: int) -> int:
         """How many of so many layers are computed again in their backward pass."""
@@ -80,6 +82,7 @@ class Layout:
             "single", self.method, self.base, self.precision, self.activations, self.micro_batch_tokens, self.device,
             variant=self.variant if self.strategy == "single" else "",
             arithmetic=self.arithmetic, recomputed=self.recomputed, graphs=self.graphs,
+            step_in_backward=self.step_in_backward,
         )  # fmt: skip
 
     @property

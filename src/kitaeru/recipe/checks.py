@@ -195,6 +195,22 @@ def what_is_checkpointed_agrees(recipe: Recipe, _: Collection[str]) -> Iterator[
             )
 
 
+def clipping_needs_all_gradients(recipe: Recipe, given: Collection[str]) -> Iterator[Clash]:
+    """A norm of all gradients is known when all are there."""
+    limit = recipe.train.max_grad_norm
+    if recipe.train.step_in_backward and limit:
+        which = "" if "train.max_grad_norm" in given else " " + tr("(the default)")
+        yield Clash(
+            ("train.step_in_backward", "train.max_grad_norm"),
+            tr(
+                "gradients are clipped to a norm of {limit}{which}, which is known when all are there",
+                limit=limit,
+                which=which,
+            ),
+            tr("Write `max_grad_norm: 0`, or leave `step_in_backward` out."),
+        )
+
+
 def split_needs_a_splitting_strategy(recipe: Recipe, _: Collection[str]) -> Iterator[Clash]:
     """A model is split over devices by some strategies only."""
     splits = recipe.strategy in ("auto", "pipeline", "model_parallel", "tensor", "fsdp")
@@ -240,6 +256,7 @@ RULES: tuple[Rule, ...] = (
     one_global_batch,
     warmup_ends,
     wsd_fits,
+    clipping_needs_all_gradients,
     early_stop_needs_validation,
     gpu_only,
     what_is_checkpointed_agrees,

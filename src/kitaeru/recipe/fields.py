@@ -186,6 +186,7 @@ _EXAMPLES = {
     "train.decay_fraction": "decay_fraction: 0.1",
     "train.final_rate": "final_rate: 0.1",
     "train.max_grad_norm": "max_grad_norm: 0.5",
+    "train.step_in_backward": "step_in_backward: false",
     "train.z_loss": "z_loss: 0.0001",
     "train.seed": "seed: 1",
     "limits.devices": "devices: 2",

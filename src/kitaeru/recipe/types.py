@@ -276,6 +276,14 @@ class TrainSection(Section):
             "wait for the host: for small models. It takes memory. Default: where it is clearly faster and fits."
         ),
     )
+    step_in_backward: bool | None = Field(
+        None,
+        description=N_(
+            "Change each weight as soon as its gradient is there, in the backward pass, so that gradients (4 bytes a trained "
+            "weight) are never all there at once: on one device, with one micro-batch a step and `max_grad_norm: 0`. A "
+            "gradient that is not finite then ends the run. Default: where all gradients do not fit."
+        ),
+    )
     seed: int = Field(0, ge=0, description=N_("Seed of data order, initial adapter weights and dropout."))
     neftune_alpha: float | None = Field(
         None,

@@ -10,6 +10,7 @@ import torch
 from torch.nn import attention as implementations
 
 from kitaeru.kernels import flash
+from kitaeru.machine.measure import Bench
 
 CPU, SHAPE = torch.device("cpu"), flash.Shape(4, 2, 64, 0.125)
 
@@ -35,11 +36,19 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Callable[[
     flash.use(None)
 
 
-def answers(monkeypatch: pytest.MonkeyPatch, off: dict[str | None, float], seconds: dict[str | None, float]) -> None:
+def answers(
+    monkeypatch: pytest.MonkeyPatch, off: dict[str | None, float], seconds: dict[str | None, float]
+) -> flash.Timer:
     """What is measured while each is active."""
     active = implementations.current_flash_attention_impl
+    monkeypatch.setattr(flash, "MANY", (8,))
     monkeypatch.setattr(flash, "_off", lambda *_: off.get(active(), 0.001))
-    monkeypatch.setattr(flash, "_seconds", lambda *_: seconds[active()])
+
+    def time(passes: Callable[[], Any]) -> float:
+        assert [tuple(gradient.shape) for gradient in passes()] == [(8, 4, 64), (8, 2, 64), (8, 2, 64)]
+        return seconds[active()]
+
+    return time
 
 
 @pytest.mark.parametrize(
@@ -59,8 +68,7 @@ def test_the_fastest_that_is_right_is_taken(
     seconds: dict[str | None, float],
     taken: str | None,
 ) -> None:
-    answers(monkeypatch, off, seconds)
-    tried = flash.settle(SHAPE, CPU)
+    tried = flash.settle(SHAPE, CPU, answers(monkeypatch, off, seconds))
     assert implementations.current_flash_attention_impl() == taken == tried[0].name
     assert {t.name for t in tried} == {None, "FA3", "FA4"}
     assert [t.seconds for t in tried[1:]] == sorted(t.seconds for t in tried[1:])
@@ -71,15 +79,14 @@ def test_one_that_cannot_be_loaded_is_passed_over(registered: dict[str, Any], mo
         raise ImportError("libcudart.so.12: cannot open shared object file\nand more")
 
     registered["FA3"] = broken
-    answers(monkeypatch, {}, {None: 3.0, "FA4": 1.0})
-    tried = flash.settle(SHAPE, CPU)
+    tried = flash.settle(SHAPE, CPU, answers(monkeypatch, {}, {None: 3.0, "FA4": 1.0}))
     assert [t.name for t in tried] == ["FA4", None, "FA3"]
     assert tried[-1].why == "ImportError: libcudart.so.12: cannot open shared object file"
 
 
 def test_where_none_is_installed_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "_off", lambda *_: pytest.fail("tried"))
-    assert flash.settle(SHAPE, CPU) == []
+    assert flash.settle(SHAPE, CPU, lambda _: pytest.fail("timed")) == []
     assert implementations.current_flash_attention_impl() is None
 
 
@@ -98,6 +105,7 @@ def test_what_is_compared_is_right_for_torchs_own() -> None:
 @pytest.mark.gpu
 def test_torchs_own_is_right_and_timed_on_a_gpu() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    tried = flash._tried(None, flash.Shape(32, 8, 128, 128**-0.5), device, torch.bfloat16)
+    timer = Bench(device, 0.05, quick=True).time
+    tried = flash._tried(None, flash.Shape(32, 8, 128, 128**-0.5), device, timer, torch.bfloat16)
     assert 0 < tried.seconds < 1
     assert tried.why == ""

@@ -320,6 +320,75 @@ def test_graphs_are_left_where_they_would_gain_little_or_do_not_fit() -> None:
     assert "stays taken" in told
 
 
+LEAN = {"optimizer": "adamw_8bit", "max_grad_norm": 0.0}
+
+
+def why_lean(made: Plan) -> str:
+    (told,) = (d.why for d in made.decisions if d.path == "train.step_in_backward")
+    return told
+
+
+def test_weights_change_in_the_backward_pass_where_all_gradients_do_not_fit() -> None:
+    made = plan(ELYZA, H100, method="full", train=LEAN)
+    assert made.layout.step_in_backward
+    assert made.recipe.train.step_in_backward is True
+    assert made.layout.micro_batch_tokens == made.recipe.train.global_batch_tokens
+    assert "32.1 GB" in why_lean(made)
+    assert "--set train.step_in_backward=false" in " ".join(made.chosen.why)
+    assert make_plan(made.recipe, H100, shape_of(ELYZA), FACTS).layout == made.layout
+    with pytest.raises(PlanError):
+        plan(ELYZA, H100, method="full", train=LEAN | {"step_in_backward": False})
+    with pytest.raises(PlanError) as refused:
+        plan(ELYZA, H100, method="full", train=LEAN | {"max_grad_norm": 1.0})
+    assert refused.value.remedy is not None
+    assert refused.value.remedy.endswith(" GB: --set train.max_grad_norm=0.0")
+
+
+@pytest.mark.parametrize(("gb", "taken"), [(40, True), (50, False)])
+def test_gradients_that_fit_are_kept_unless_it_is_clearly_slower(gb: int, taken: bool) -> None:
+    """In 50 GB it would be the same layers, or one or two fewer that are computed again."""
+    train = LEAN | {"global_batch_tokens": 4096}
+    made = plan("Qwen/Qwen3-4B", H100, method="full", limits={"memory_gb": gb}, train=train)
+    assert made.layout.step_in_backward == taken
+    assert made.layout.micro_batch_tokens == 4096
+    assert 20 < made.layout.recomputed < 32
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"train": LEAN}, "All gradients, 6.9 GB, fit"),
+        ({"train": {"optimizer": "adamw_8bit"}}, "norm of 1.0.* up to 6.9 GB of gradients could be saved"),
+        ({"train": LEAN | {"global_batch_tokens": 65536}}, "several micro-batches"),
+        ({"train": LEAN | {"on_nan": "skip"}}, "could not be skipped"),
+    ],
+)
+def test_weights_change_after_the_backward_pass_otherwise(values: dict[str, Any], words: str) -> None:
+    made = plan("Qwen/Qwen3-1.7B", H100, method="full", **values)
+    assert not made.layout.step_in_backward
+    assert made.recipe.train.step_in_backward is False
+    assert re.search(words, why_lean(made))
+    assert "step_in_backward" not in " ".join(made.chosen.why)
+
+
+def test_who_insists_gets_one_micro_batch_a_step_or_the_reason() -> None:
+    train = LEAN | {"step_in_backward": True}
+    made = plan("Qwen/Qwen3-1.7B", H100, method="full", train=train | {"global_batch_tokens": 65536})
+    assert made.layout.step_in_backward
+    assert made.layout.micro_batch_tokens == 65536
+    adapter = plan(SMALL, H100, method="qlora", train=train)
+    assert adapter.layout.step_in_backward
+    assert not adapter.layout.graphs
+    for values, words in (
+        ({"strategy": "ddp"}, "only on one device"),
+        ({"limits": {"variant": "offload"}}, "only on one device"),
+        ({"limits": {"micro_batch_tokens": 4096}}, "several micro-batches"),
+    ):
+        with pytest.raises(PlanError, match=words) as refused:
+            plan("Qwen/Qwen3-1.7B", A5000, method="full", train=train | {"optimizer": "adamw"}, **values)
+        assert "Leave `train.step_in_backward` out" in str(refused.value.remedy)
+
+
 def test_a_planned_choice_of_graphs_is_made_again() -> None:
     for made in (plan(SMALL, H100, method="qlora"), plan(ELYZA, ONE, method="qlora")):
         again = make_plan(made.recipe, H100 if made.layout.graphs else ONE, shape_of(made.recipe.model.name), FACTS)

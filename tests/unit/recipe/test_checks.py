@@ -42,6 +42,12 @@ CASES = [
         ["train.schedule=wsd", "train.warmup_fraction=0.5", "train.decay_fraction=0.6"],
         "train.decay_fraction=0.5",
     ),
+    ("clipping_needs_all_gradients", ["train.step_in_backward=true"], "train.max_grad_norm=0"),
+    (
+        "clipping_needs_all_gradients",
+        ["train.step_in_backward=true", "train.max_grad_norm=0.5"],
+        "train.step_in_backward=",
+    ),
     ("early_stop_needs_validation", ["train.early_stop=2"], "data.valid_fraction=0.05"),
     ("gpu_only", ["limits.device=cpu", "train.optimizer=paged_adamw_8bit"], "train.optimizer=adamw_8bit"),
     ("gpu_only", ["limits.device=cpu", "train.precision=fp16"], "train.precision=bf16"),
