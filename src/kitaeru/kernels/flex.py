@@ -1,6 +1,6 @@
 """Attention with soft-capped scores and windows over packed examples by FlexAttention, which torch compiles for a GPU.
 
-What a query sees is a row of keys without a gap: from the first one that its example and its window leave to itself. One
+What a query sees is a row of keys without a gap: from the first one that its example and its window leave to itself. A
 number a query says it all, and which blocks are full, cut or empty follows from these numbers without a T x T mask.
 """
 

@@ -147,7 +147,7 @@ def attention_for(section: ModelSection, config: PretrainedConfig) -> str | None
     """The attention implementation of transformers for a recipe's wish; None leaves it to transformers.
 
     Raises:
-        ModelError: `packed` is asked for, and the model has other than plain causal attention.
+        ModelError: `packed` is asked for, and the model has other than causal attention.
     """
     if section.attention in ("auto", "packed"):
         attention.register()
@@ -155,11 +155,11 @@ def attention_for(section: ModelSection, config: PretrainedConfig) -> str | None
             return attention.NAME
         if section.attention == "packed":
             raise ModelError(
-                tr("{model} does not use plain causal attention in every layer.", model=section.name),
+                tr("{model} does not use causal attention in every layer, or with dropout.", model=section.name),
                 remedy=tr("Leave `model.attention` out, or set it to sdpa or eager."),
             )
         # None: SDPA where the model has it, else its own.
-        return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+        return "eager" if attention.own_kernel(config) == "eager" else None
     return section.attention
 
 
@@ -232,7 +232,7 @@ def load_to_answer(
     _refuse_pickles(source)
     options: dict[str, Any] = {"attn_implementation": attention_for(section, config)}
     if options["attn_implementation"] == attention.NAME:  # for packed rows; one answer is no packed row
-        options["attn_implementation"] = "sdpa"
+        options["attn_implementation"] = attention.own_kernel(config)
     if base != "none":
         options["quantization_config"] = quantisation(base, precision)
     try:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import attention as implementations
 
-from kitaeru.kernels import flash
+from kitaeru.kernels import flash, flex
+from kitaeru.kernels.packed_attention import Sight
 
 CPU, SHAPE = torch.device("cpu"), flash.Shape(4, 2, 64, 0.125)
 
@@ -83,21 +86,56 @@ def test_where_none_is_installed_nothing_is_tried(monkeypatch: pytest.MonkeyPatc
     assert implementations.current_flash_attention_impl() is None
 
 
-def test_what_is_compared_is_right_for_torchs_own() -> None:
-    """The comparison itself, by the kernels that a CPU has."""
-    assert flash._off(SHAPE, CPU, torch.float32) < 1e-5
-    wrong = flash.Shape(4, 2, 64, 0.125)
+@pytest.mark.parametrize("sight", [Sight(), Sight(window=40), Sight(softcap=2.0), Sight(window=4096, softcap=2.0)])
+def test_what_is_compared_is_right_for_what_a_cpu_has(sight: Sight, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison itself: it sees another scale, another cap, and a window that is longer than what it compares."""
+    shape = replace(SHAPE, sights=(Sight(), sight))
+    assert flash._off(shape, CPU, torch.float32) < 1e-5
     exact = flash.packed_attention_reference
-    try:
-        flash.packed_attention_reference = lambda q, k, v, starts, scale: exact(q, k, v, starts, 1.5 * scale)
-        assert flash._off(wrong, CPU, torch.float32) > flash.CLOSE
-    finally:
-        flash.packed_attention_reference = exact
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, seen: Sight) -> Tensor:
+        other = Sight(seen.window and seen.window - 10, 1.5 * seen.softcap)
+        return exact(q, k, v, starts, 1.5 * scale if seen == Sight() else scale, other)
+
+    monkeypatch.setattr(flash, "packed_attention_reference", wrong)
+    assert flash._off(shape, CPU, torch.float32) > flash.CLOSE
+
+
+def test_capped_scores_take_the_tiles_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none where none is, which is told with the reasons."""
+    seconds = {"flex": 2.0, "flex-small": 1.0}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(flash, "_seconds", lambda *_: seconds[flex.tiles or ""])
+    monkeypatch.setattr(flex, "tiles", None)
+    capped, device = replace(SHAPE, sights=(Sight(softcap=50.0), Sight(4096, 50.0))), torch.device("cuda", 0)
+    for off, taken in (({}, "flex-small"), ({"flex-small": 0.3}, "flex"), (dict.fromkeys(seconds, 0.3), None)):
+        monkeypatch.setattr(flash, "_off", lambda *_, off=off: off.get(flex.tiles, 0.001))
+        tried = flash.settle(capped, device)
+        assert flex.tiles == taken
+        assert {t.name for t in tried} == set(seconds)
+        if taken is None:
+            assert [t.why for t in tried] == ["0.300", "0.300"]
+        else:
+            assert tried[0].name == taken
+    assert flash.settle(capped, CPU) == []
 
 
 @pytest.mark.gpu
-def test_torchs_own_is_right_and_timed_on_a_gpu() -> None:
+@pytest.mark.parametrize("sights", [(Sight(),), (Sight(), Sight(window=1024))])
+def test_torchs_own_is_right_and_timed_on_a_gpu(sights: tuple[Sight, ...]) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    tried = flash._tried(None, flash.Shape(32, 8, 128, 128**-0.5), device, torch.bfloat16)
+    tried = flash._tried(None, flash.Shape(32, 8, 128, 128**-0.5, sights), device, torch.bfloat16)
     assert 0 < tried.seconds < 1
     assert tried.why == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [128, 256])
+def test_flex_attention_is_right_on_a_gpu(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of Gemma 2, in layers that see all and in such that see 1,024 tokens; the small tiles fit every GPU."""
+    monkeypatch.setattr(flex, "tiles", None)
+    device = torch.device("cuda", torch.cuda.current_device())
+    shape = flash.Shape(8, 4, size, 256**-0.5, (Sight(1024, 50.0), Sight(0, 50.0)))
+    tried = flash.settle(shape, device)
+    assert {t.name: t.why for t in tried if t.name == "flex-small"} == {"flex-small": ""}
+    assert 0 < tried[0].seconds < 1
