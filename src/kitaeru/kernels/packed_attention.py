@@ -47,15 +47,14 @@ def packed_attention_reference(
     length = query.shape[2]
     place = torch.arange(length, device=query.device)
     example = torch.searchsorted(cu_seqlens.long(), place, right=True)
-    allowed = (example[:, None] == example[None, :]) & _seen(length, sight, query.device)
+    allowed = (example[:, None] == example[None, :]) & _seen(0, length, sight, query.device)
     return _exact(query, key, value, allowed, scale, sight.softcap)
 
 
-def _seen(length: int, sight: Sight, device: torch.device) -> Tensor:
-    """Which keys [length, length] the queries of one example see."""
-    place = torch.arange(length, device=device)
-    back = place[:, None] - place[None, :]
-    return (back >= 0) & (back < (sight.window or length))
+def _seen(begin: int, end: int, sight: Sight, device: torch.device) -> Tensor:
+    """Which keys the queries from `begin` to `end` of one example see: [queries, end]."""
+    back = torch.arange(begin, end, device=device)[:, None] - torch.arange(end, device=device)
+    return (back >= 0) & (back < (sight.window or end))
 
 
 def _exact(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float | None, softcap: float) -> Tensor:
@@ -68,23 +67,41 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float
     return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value.float()).to(query.dtype)
 
 
+# Queries of an example whose scores are held at a time.
+QUERIES = 256
+
+
 class _Capped(torch.autograd.Function):
-    """The definition for one example, whose scores are computed again in the backward pass."""
+    """The definition for one example, some queries at a time, whose scores are computed again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None, sight: Sight) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.sight = scale, sight
-        seen = _seen(query.shape[2], sight, query.device)
-        return _exact(query, key, value, seen, scale, sight.softcap)
+        return torch.cat([_piece(query, key, value, begin, scale, sight) for begin in _begins(query)], 2)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-        with torch.enable_grad():
-            seen = _seen(query.shape[2], ctx.sight, query.device)
-            output = _exact(query, key, value, seen, ctx.scale, ctx.sight.softcap)
-        return *torch.autograd.grad(output, leaves, upstream), None, None
+        leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        query, key, value = leaves
+        total = [torch.zeros_like(t, dtype=torch.float32) for t in leaves]
+        for begin in _begins(query):
+            with torch.enable_grad():
+                output = _piece(query, key, value, begin, ctx.scale, ctx.sight)
+            above = upstream[0][:, :, begin : begin + QUERIES]
+            for whole, part in zip(total, torch.autograd.grad(output, leaves, above), strict=True):
+                whole += part
+        return *(whole.to(t.dtype) for whole, t in zip(total, leaves, strict=True)), None, None
+
+
+def _begins(query: Tensor) -> range:
+    return range(0, query.shape[2], QUERIES)
+
+
+def _piece(query: Tensor, key: Tensor, value: Tensor, begin: int, scale: float | None, sight: Sight) -> Tensor:
+    end = min(begin + QUERIES, query.shape[2])
+    seen = _seen(begin, end, sight, query.device)
+    return _exact(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], seen, scale, sight.softcap)
 
 
 def packed_attention(
@@ -129,7 +146,7 @@ def _by_example(
         if own.softcap:
             pieces.append(_Capped.apply(q, k, v, scale, own))  # type: ignore[no-untyped-call]
             continue
-        seen = _seen(b - a, own, q.device) if own.window else None
+        seen = _seen(0, b - a, own, q.device) if own.window else None
         pieces.append(
             F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=gqa)
         )

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import flex_attention
 
 from kitaeru.kernels import flex
+from kitaeru.kernels import packed_attention as packed
 from kitaeru.kernels.packed_attention import Sight, packed_attention, packed_attention_reference
 
 SIGHTS = [Sight(), Sight(window=1), Sight(window=4), Sight(softcap=0.7), Sight(window=4, softcap=0.7)]
@@ -49,6 +50,11 @@ def test_an_example_does_not_see_its_neighbours():
     after = packed_attention(q, k, v, bounds, 9)
     torch.testing.assert_close(before[:, :, 6:15], after[:, :, 6:15], rtol=0, atol=0)
     assert not torch.equal(before[:, :, :6], after[:, :, :6])
+
+
+def test_capped_scores_of_a_long_example_are_computed_in_pieces(monkeypatch):
+    monkeypatch.setattr(packed, "QUERIES", 7)
+    test_values_and_gradients_are_those_of_the_definition((7, 30), (4, 2), 0.31, SIGHTS[-1])
 
 
 @pytest.mark.parametrize("sight", SIGHTS[2:])
