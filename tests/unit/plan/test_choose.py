@@ -177,7 +177,7 @@ def test_frozen_products_are_in_8_bits_where_layers_are_known_and_the_card_can()
     assert arithmetic("HuggingFaceTB/SmolLM2-135M", gpus="H100", method="full") == "plain"
     assert arithmetic(lora={"dropout": 0.1}) == "plain"
     assert [arithmetic(f"google/gemma-{name}") for name in ("2-2b", "3-1b-pt")] == ["int8", "int8"]
-    assert arithmetic("cyberagent/open-calm-7b") == "plain"
+    assert arithmetic("rinna/japanese-gpt-neox-3.6b") == "plain"
     assert arithmetic(train={"arithmetic": "16bit"}) == "16bit"
 
 
