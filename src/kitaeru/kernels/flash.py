@@ -1,5 +1,5 @@
 """Which kernels compute attention: of flash attention torch's own (FlashAttention 2), or 3 or 4 where one is installed;
-of FlexAttention, for soft-capped scores, tiles of one size or another, or none.
+of FlexAttention, for soft-capped scores, the largest tiles that a GPU has room for, or none.
 
 `torch.nn.attention` puts flash attention under torch's operations, so whoever calls these gets it
 (kernels/packed_attention.py). None is taken unasked: each that is there is held against the definition, both passes,
@@ -25,6 +25,7 @@ MODULES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
 TITLES = {
     None: "FlashAttention 2", "FA3": "FlashAttention 3", "FA4": "FlashAttention 4",
     "flex": "FlexAttention", "flex-small": "FlexAttention (small tiles)",
+    "flex-smallest": "FlexAttention (smallest tiles)",
 }  # fmt: skip
 # What torch must have; not all versions do.
 REGISTRY = ("activate_flash_attention_impl", "current_flash_attention_impl", "restore_flash_attention_impl")
@@ -84,14 +85,18 @@ def settle(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat
     """Try what is installed beside torch's own, and leave the fastest that is right in place: the first of the list,
     the fastest first. Empty, and nothing is changed, if nothing is installed.
 
-    For capped scores FlexAttention's tiles are tried. If none of them is right the first one has no finite time, and
-    attention is computed an example at a time.
+    For capped scores FlexAttention's tiles are tried, which are compiled first, until some are right: torch's own suit
+    most GPUs. If none are, the first one has no finite time, and attention is computed an example at a time.
     """
     if shape.capped:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
             return []
-        tried = sorted((_tried(name, shape, device, dtype) for name in flex.TILES), key=lambda one: one.seconds)
-        use(tried[0].name if math.isfinite(tried[0].seconds) else None)
+        tried: list[Tried] = []
+        for name in flex.TILES:
+            tried.insert(0, _tried(name, shape, device, dtype))
+            if math.isfinite(tried[0].seconds):
+                return tried
+        use(None)
         return tried
     names = installed(device)
     if not names:

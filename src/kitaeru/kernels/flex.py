@@ -16,13 +16,18 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
 BLOCK = 128
-# Sizes of the kernels' tiles, by name: torch's own, and such that heads of 256 find room in 99 KB of shared memory.
+# Sizes of the kernels' tiles, by name: torch's own, and such that heads of 256 find room in 99 KB of shared memory; the
+# backward pass's of 32 do on a GB10 (github.com/pytorch/pytorch/pull/198228). Short rows have no kernel of their own.
+WHOLE: dict[str, int] = {"FORCE_USE_FLEX_ATTENTION": True}
 TILES: dict[str, dict[str, int]] = {
-    "flex": {},
-    "flex-small": {
-        "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 2, "fwd_num_warps": 4,
-        "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32, "bwd_BLOCK_N2": 32,
-        "bwd_num_stages": 1, "bwd_num_warps": 4,
+    "flex": WHOLE,
+    "flex-small": WHOLE | {
+        "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 1,
+        "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32, "bwd_BLOCK_N2": 32, "bwd_num_stages": 2,
+    },
+    "flex-smallest": WHOLE | {
+        "fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16, "fwd_num_stages": 1,
+        "bwd_BLOCK_M1": 16, "bwd_BLOCK_N1": 16, "bwd_BLOCK_M2": 16, "bwd_BLOCK_N2": 16, "bwd_num_stages": 1,
     },
 }  # fmt: skip
 # Which of them is in use: None until one has been proved on this device (kernels.flash).

@@ -103,20 +103,18 @@ def test_what_is_compared_is_right_for_what_a_cpu_has(sight: Sight, monkeypatch:
 
 def test_capped_scores_take_the_tiles_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """And none where none is, which is told with the reasons."""
-    seconds = {"flex": 2.0, "flex-small": 1.0}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    monkeypatch.setattr(flash, "_seconds", lambda *_: seconds[flex.tiles or ""])
+    monkeypatch.setattr(flash, "_seconds", lambda *_: 1.0)
     monkeypatch.setattr(flex, "tiles", None)
     capped, device = replace(SHAPE, sights=(Sight(softcap=50.0), Sight(4096, 50.0))), torch.device("cuda", 0)
-    for off, taken in (({}, "flex-small"), ({"flex-small": 0.3}, "flex"), (dict.fromkeys(seconds, 0.3), None)):
-        monkeypatch.setattr(flash, "_off", lambda *_, off=off: off.get(flex.tiles, 0.001))
+    names = list(flex.TILES)
+    for wrong in range(len(names) + 1):
+        monkeypatch.setattr(flash, "_off", lambda *_, of=names[:wrong]: 0.3 if flex.tiles in of else 0.001)
         tried = flash.settle(capped, device)
-        assert flex.tiles == taken
-        assert {t.name for t in tried} == set(seconds)
-        if taken is None:
-            assert [t.why for t in tried] == ["0.300", "0.300"]
-        else:
-            assert tried[0].name == taken
+        assert flex.tiles == (names[wrong] if wrong < len(names) else None)
+        assert [t.name for t in tried] == names[: wrong + 1][::-1]
+        assert [t.why for t in tried if t.name in names[:wrong]] == ["0.300"] * wrong
+        assert (tried[0].seconds == 1.0) == (wrong < len(names))
     assert flash.settle(capped, CPU) == []
 
 
@@ -131,11 +129,12 @@ def test_torchs_own_is_right_and_timed_on_a_gpu(sights: tuple[Sight, ...]) -> No
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [128, 256])
-def test_flex_attention_is_right_on_a_gpu(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads of Gemma 2, in layers that see all and in such that see 1,024 tokens; the small tiles fit every GPU."""
+@pytest.mark.parametrize("tiles", ["flex-small", "flex-smallest", ""])
+def test_flex_attention_is_right_on_a_gpu(size: int, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of Gemma 2, in layers that see all and in such that see 1,024 tokens; without a name what is chosen."""
     monkeypatch.setattr(flex, "tiles", None)
     device = torch.device("cuda", torch.cuda.current_device())
     shape = flash.Shape(8, 4, size, 256**-0.5, (Sight(1024, 50.0), Sight(0, 50.0)))
-    tried = flash.settle(shape, device)
-    assert {t.name: t.why for t in tried if t.name == "flex-small"} == {"flex-small": ""}
-    assert 0 < tried[0].seconds < 1
+    tried = flash._tried(tiles, shape, device, torch.bfloat16) if tiles else flash.settle(shape, device)[0]
+    assert tried.why == ""
+    assert 0 < tried.seconds < 1
