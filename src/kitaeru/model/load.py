@@ -33,15 +33,22 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     """The model's config, without its weights.
 
     Raises:
-        ModelError: not found, no network, no permission, or it wants to run code of its own.
+        ModelError: not found, no network, no permission, it wants to run code of its own, or it is more than a language
+            model.
     """
     source = model_source(section)
     try:
-        return AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             source, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:
         raise not_loaded(section, error) from error
+    if not hasattr(config, "num_hidden_layers"):
+        raise ModelError(
+            tr("{model} is more than a language model: it also sees or hears.", model=section.name),
+            remedy=tr("Name a model of text alone, or a folder with the language model taken out of it."),
+        )
+    return config
 
 
 def load_model(

@@ -6,7 +6,15 @@ import shutil
 import bitsandbytes as bnb
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma3TextConfig, Llama4TextConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from kitaeru.errors import ModelError
 from kitaeru.kernels.packed_attention import Sight
@@ -100,6 +108,13 @@ def test_packed_attention_suits_causal_attention_only(config, suits):
 )  # fmt: skip
 def test_what_a_layer_sees_is_read_as_its_masks_are(config, sights):
     assert [attention.sight_of(config, layer) for layer in (0, 1)] == sights
+
+
+def test_a_model_that_also_sees_is_told(tmp_path):
+    Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="also sees") as caught:
+        load_config(section(tmp_path))
+    assert "text alone" in str(caught.value)
 
 
 def test_attention_may_be_chosen(tiny_model, tmp_path):
