@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -57,7 +58,12 @@ def attend(
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention)
+    """Compiled for one number of tokens, for any, and for a single block, with gradients and without; all of this for
+    each size of tiles that is tried. Beyond its limit torch would hold all scores instead.
+    """
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 32)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 @cache

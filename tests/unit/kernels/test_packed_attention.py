@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
 
 from kitaeru.kernels import flex
@@ -104,6 +105,30 @@ def test_flex_attention_is_the_definition_both_ways(sight, monkeypatch):
     got, expected = (torch.autograd.grad((t * weight).sum(), (q, k, v)) for t in (ours, theirs))
     for mine, his in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, his, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_it_is_the_definition_for_rows_of_any_size_and_windows_without_compiling_anew(monkeypatch):
+    """By torch's own interpreter in place of its compiler: what is traced, guarded and differentiated is the same."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(flex_attention.flex_attention, backend=backend, fullgraph=True)
+    monkeypatch.setattr(flex, "flex_attention", compiled)
+    counts = []
+    for lengths in ((65, 3, 80), (150, 37, 70), (20, 30), (130, 126), (5,), (77, 99)):
+        for sight in (Sight(64, 5.0), Sight(0, 5.0)):
+            packed_row = [t.detach().transpose(1, 2).contiguous().requires_grad_() for t in case(lengths)[:3]]
+            q, k, v = (t.transpose(1, 2) for t in packed_row)  # [T, heads, D] in memory, as fused layers have it
+            ours = flex.attend(q, k, v, case(lengths)[3], 0.31, sight.window, sight.softcap)
+            assert ours.transpose(1, 2).is_contiguous()
+            theirs = packed_attention_reference(q, k, v, case(lengths)[3], 0.31, sight)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            weight = torch.linspace(-1, 1, ours.numel()).view(ours.shape)
+            got, expected = (torch.autograd.grad((t * weight).sum(), packed_row) for t in (ours, theirs))
+            for mine, his in zip(got, expected, strict=True):
+                torch.testing.assert_close(mine, his, rtol=1e-4, atol=1e-5)
+        counts.append(backend.frame_count)
+    assert counts == [1, 2, 3, 3, 3, 3]  # one number of tokens, any, a single block
 
 
 def test_a_capped_score_of_any_size_has_a_finite_gradient():
