@@ -6,7 +6,7 @@ Registers a thread, bytes spilled, shared memory of a block (sm_86 has 99 KB), a
 in the PTX. Of kernels that hold rows also what a thread issues for each number of a full tile, in all loops or in a
 kernel without one: instructions, those of them that move numbers between threads (shared memory, shuffles, barriers),
 and those of the slow pipe (exponentials, roots, conversions between integers and fractions: 16 a clock). Needs the
-`triton` package and no GPU. Shapes are those of a Llama-3-8B layer.
+`triton` package and no GPU. Shapes are those of a Llama-3-8B layer, and of Gemma's what it has besides.
 """
 
 from __future__ import annotations
@@ -45,48 +45,55 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         {"x": short, "y": kind, "scale": single, "x_stride": "i32", "y_stride": "i32", "width": "i32"},
         {"TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
     )  # fmt: skip
-    yield (
-        "norm", norm._norm,
-        {"x": short, "delta": short, "total": short, "weight": short, "y": kind, "scale": single, "rstd": single,
-         "y_stride": "i32", "width": "i32", "eps": "fp32"},
-        {"TOP": top, "INT8": int8, "ADD": True, "BLOCK": 4096}, {"num_warps": 8},
-    )  # fmt: skip
-    yield (
-        "norm_backward", norm._norm_backward,
-        {"dy": short, "y": kind, "y_scale": single, "rstd": single, "weight": short, "along": short, "dx": short,
-         "rows": kind, "scale": single, "y_stride": "i32", "rows_stride": "i32", "width": "i32"},
-        {"VARIANCE": norm.variance(torch.int8 if int8 else torch.float8_e4m3fn), "TURNED": int8, "WRITE": True,
-         "TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
-    )  # fmt: skip
-    forward, backward = (gated.tile(14336, backward=back, turns=int8, caches=sm >= 89) for back in (False, True))
-    yield (
-        "gated", gated._gated,
-        {"both": short, "rows": kind, "scale": single, "kept": kind, "gate_scale": single, "up_scale": single,
-         "rows_stride": "i32", "width": "i32"},
-        {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": True, "BLOCK": forward.pop("BLOCK")},
-        forward,
-    )  # fmt: skip
-    yield (
-        "gated_backward", gated._gated_backward,
-        {"upstream": short, "gates": kind, "gate_scale": single, "ups": kind, "up_scale": single,
-         "kept_stride": "i32", "gradient": kind, "gradient_scale": single, "product": kind, "product_scale": single,
-         "gradient_stride": "i32", "width": "i32"},
-        {"SCALED": True, "TOP": top, "INT8": int8, "SILU": True, "BLOCK": backward.pop("BLOCK")}, backward,
-    )  # fmt: skip
-    for normed in (False, True):
+    for post in (False, True):
         yield (
-            f"rotate{'_normed' * normed}", rotary._rotate,
-            {"qkv": short, "cos": short, "sin": short, "q_norm": short, "k_norm": short, "inverse": single,
-             "stride": "i32", "angle_stride": "i32", "query": "i32", "count": "i32", "eps": "fp32"},
-            {"NORM": normed, "D": 128, "HALF": 64, "HEADS": 64}, {"num_warps": 4},
+            "norm_sandwich" if post else "norm", norm._norm,
+            {"x": short, "delta": short, "total": short, "weight": single if post else short, "y": kind,
+             "scale": single, "rstd": single, "y_stride": "i32", "width": "i32", "eps": "fp32"}
+            | ({"post": single, "kept": kind, "kept_scale": single, "kept_rstd": single} if post else {}),
+            {"TOP": top, "INT8": int8, "ADD": True, "POST": post, "KEEP_TOP": top if post else 0.0,
+             "KEEP_INT8": post and int8, "NEXT": True, "BLOCK": 4096}, {"num_warps": 8},
         )  # fmt: skip
         yield (
-            f"rotate_backward{'_normed' * normed}", rotary._rotate_backward,
+            "norm_backward_sandwich" if post else "norm_backward", norm._norm_backward,
+            {"dy": short, "y": kind, "y_scale": single, "rstd": single, "weight": single if post else short,
+             "rows": kind, "scale": single, "y_stride": "i32", "rows_stride": "i32", "width": "i32"}
+            | ({} if post else {"along": short, "dx": short}),
+            {"VARIANCE": norm.variance(torch.int8 if int8 else torch.float8_e4m3fn), "TURNED": int8 and not post,
+             "ALONG": not post, "WRITE": True, "TOP": top, "INT8": int8, "BLOCK": 4096}, {"num_warps": 8},
+        )  # fmt: skip
+    for silu in (True, False):
+        forward, backward = (gated.tile(14336, backward=back, turns=int8, caches=sm >= 89) for back in (False, True))
+        yield (
+            "gated" if silu else "gated_gelu", gated._gated,
+            {"both": short, "rows": kind, "scale": single, "kept": kind, "gate_scale": single, "up_scale": single,
+             "rows_stride": "i32", "width": "i32"},
+            {"TOP": top, "INT8": int8, "KEEP_TOP": top, "KEEP_INT8": int8, "SILU": silu,
+             "BLOCK": forward.pop("BLOCK")},
+            forward,
+        )  # fmt: skip
+        yield (
+            "gated_backward" if silu else "gated_gelu_backward", gated._gated_backward,
+            {"upstream": short, "gates": kind, "gate_scale": single, "ups": kind, "up_scale": single,
+             "kept_stride": "i32", "gradient": kind, "gradient_scale": single, "product": kind,
+             "product_scale": single, "gradient_stride": "i32", "width": "i32"},
+            {"SCALED": True, "TOP": top, "INT8": int8, "SILU": silu, "BLOCK": backward.pop("BLOCK")}, backward,
+        )  # fmt: skip
+    for normed, size, rotated in ((False, 128, ""), (True, 128, "_normed"), (True, 256, "_normed_256")):
+        weights = single if size == 256 else short
+        yield (
+            f"rotate{rotated}", rotary._rotate,
+            {"qkv": short, "cos": short, "sin": short, "q_norm": weights, "k_norm": weights, "inverse": single,
+             "stride": "i32", "angle_stride": "i32", "query": "i32", "count": "i32", "eps": "fp32"},
+            {"NORM": normed, "D": size, "HALF": size // 2, "HEADS": 8192 // size}, {"num_warps": 4},
+        )  # fmt: skip
+        yield (
+            f"rotate_backward{rotated}", rotary._rotate_backward,
             {"dq": short, "dk": short, "dv": short, "qkv": short, "inverse": single, "cos": short, "sin": short,
-             "q_norm": short, "k_norm": short, "rows": kind, "scale": single,
+             "q_norm": weights, "k_norm": weights, "rows": kind, "scale": single,
              **dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "stride", "angle_stride",
                               "rows_stride", "query", "key"), "i32")},
-            {"NORM": normed, "TOP": top, "INT8": int8, "D": 128, "BLOCK": 8192},
+            {"NORM": normed, "TOP": top, "INT8": int8, "D": size, "BLOCK": 8192},
             {"num_warps": 8},
         )  # fmt: skip
     for name, turned in (("expand", False), ("expand_transposed", True)):

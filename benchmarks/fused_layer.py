@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kitaeru.kernels import flash
+from kitaeru.machine.measure import Bench
 from kitaeru.model import attention
 from kitaeru.model.fused import fused_layer, install
 
@@ -31,7 +33,10 @@ SHAPES = {
     "llama-2-13b": ("llama", 5120, 13824, 40, 40, 128),
     "codellama-34b": ("llama", 8192, 22016, 64, 8, 128),
     "qwen3-4b": ("qwen3", 2560, 9728, 32, 8, 128),
+    "gemma-2-9b": ("gemma2", 3584, 14336, 16, 8, 256),
+    "gemma-3-4b": ("gemma3_text", 2560, 10240, 8, 4, 256),
     "tiny": ("llama", 256, 704, 8, 4, 32),
+    "tiny-gemma": ("gemma3_text", 256, 704, 8, 4, 32),
 }
 LAYERS = 4
 
@@ -81,12 +86,15 @@ def passes(
 
     def forward() -> Tensor:
         with torch.autocast(device, torch.bfloat16):
-            angles = model.model.rotary_emb(hidden, position_ids=positions)
+            turns, config = model.model.rotary_emb, model.config
+            kinds = config.layer_types if config.model_type == "gemma3_text" else [None] * LAYERS
+            more = {kind: {"layer_type": kind} if kind else {} for kind in kinds}
+            angles = {kind: turns(hidden, position_ids=positions, **more[kind]) for kind in more}
             x = hidden
-            for layer in model.model.layers:
+            for kind, layer in zip(kinds, model.model.layers, strict=True):
                 x = layer(
-                    x, position_embeddings=angles, position_ids=positions, cu_seq_lens_q=starts, cu_seq_lens_k=starts,
-                    max_length_q=length, max_length_k=length,
+                    x, position_embeddings=angles[kind], position_ids=positions, cu_seq_lens_q=starts,
+                    cu_seq_lens_k=starts, max_length_q=length, max_length_k=length,
                 )  # fmt: skip
         return x
 
@@ -205,6 +213,11 @@ def main() -> None:
         attention_times(arguments.shape, arguments.tokens, arguments.seq)
     model, adapted = build(arguments.shape, device)
     model.train()
+    sights = tuple({attention.sight_of(model.config, layer): None for layer in range(LAYERS)})
+    _, _, _, heads, kv, size = SHAPES[arguments.shape]
+    shape, where = flash.Shape(heads, kv, size, size**-0.5, sights), torch.device(device)
+    for tried in flash.settle(shape, where, Bench(where, 0.05, quick=True).time):
+        print(f"{tried.title}: {1000 * tried.seconds:.2f} ms {tried.why}")
     reference, found = None, []
     for name in arguments.arithmetic:
         remove = []

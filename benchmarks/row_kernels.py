@@ -58,6 +58,8 @@ def tensors(results: Any) -> list[Tensor]:
         return [results.data[:, : results.width]] if results.scale is not None else []
     if isinstance(results, gated.Kept):
         return tensors((results.gate, results.up))
+    if isinstance(results, norm.Normed):
+        return tensors(results.rows)
     if isinstance(results, tuple):
         return [tensor for each in results for tensor in tensors(each)]
     return [results] if isinstance(results, Tensor) and results.dtype.itemsize == 1 else []
@@ -115,7 +117,14 @@ def kernels(dtype: torch.dtype, tokens: int, device: str) -> dict[str, tuple[Cal
         "norm_backward": (
             *pair(norm.norm_backward, norm.norm_backward_reference, cut(delta), lambda n: y.part(slice(n)), cut(rstd),
                   weight, cut(along), dtype, 0), 8 * HIDDEN),
+        "norm_sandwich": (
+            *pair(norm.sandwich, norm.sandwich_reference, cut(x), cut(delta), weight, dtype, weight, 1e-5, dtype, 0),
+            8 * HIDDEN),
+        "norm_backward_sandwich": (
+            *pair(norm.norm_backward, norm.norm_backward_reference, cut(delta), lambda n: y.part(slice(n)), cut(rstd),
+                  weight, None, dtype, 0), 4 * HIDDEN),
         "gated": (*pair(gated.gated, gated.gated_reference, cut(both), "silu", dtype, 0, dtype), 7 * WIDE),
+        "gated_gelu": (*pair(gated.gated, gated.gated_reference, cut(both), "gelu_tanh", dtype, 0, dtype), 7 * WIDE),
         "gated_backward": (
             *pair(gated.gated_backward, gated.gated_backward_reference, cut(up), part, "silu", dtype, 0), 7 * WIDE),
         "rotate_backward": (

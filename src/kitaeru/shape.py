@@ -111,9 +111,16 @@ class ModelShape:
         return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
     @property
-    def plain_causal(self) -> bool:
-        """Whether every layer is plain causal attention, which kitaeru's packed kernel computes."""
-        return not (self.sliding_layers or self.attention_softcap or self.sinks or self.attention_dropout)
+    def packed_causal(self) -> bool:
+        """Whether every layer is causal attention that kitaeru's packed kernels compute, with windows or soft-capped
+        scores or without.
+        """
+        return not (self.sinks or self.attention_dropout)
+
+    @property
+    def sandwiched(self) -> bool:
+        """Whether what attention and MLP add to the stream is normed before."""
+        return self.norms_per_layer == 4
 
     def linears(self) -> tuple[Linear, ...]:
         """The linear layers inside the blocks: those that adapters and quantisation work on. The head is not one."""

@@ -51,6 +51,10 @@ def _config(family: str, layers: int) -> Any:
             return transformers.GPTNeoXConfig(**shape)
         case "gemma":
             return transformers.GemmaConfig(**shape, head_dim=8)
+        case "wide gemma3":  # wide enough for its layers to be fused; each stage has layers of one kind
+            wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "sliding_window": 8}
+            kinds = ["sliding_attention" if layer % 2 else "full_attention" for layer in range(layers)]
+            return transformers.Gemma3TextConfig(**shape | wide, layer_types=kinds)
         case "mixtral":
             return transformers.MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2)
         case "wide mixtral":  # wide enough for its experts to be packed

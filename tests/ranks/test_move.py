@@ -146,9 +146,10 @@ def test_stages_of_a_quantised_base(crew, family, chat_data, tmp_path, base, str
         assert max(answer["bytes"] for answer in answers) < 0.75 * wanted["bytes"]
 
 
-@pytest.mark.parametrize("activations", ["keep", "recompute"])
-def test_fused_layers_in_stages(crew, tiny_model, chat_data, tmp_path, activations):
-    options = {"model": tiny_model, "data": chat_data, "method": "qlora", "stop_at": 5, **crew.RUN}
+@pytest.mark.parametrize(("name", "activations"), [("", "keep"), ("", "recompute"), ("wide gemma3", "keep")])
+def test_fused_layers_in_stages(crew, family, tiny_model, chat_data, tmp_path, name, activations):
+    model = family(name) if name else tiny_model
+    options = {"model": model, "data": chat_data, "method": "qlora", "stop_at": 5, **crew.RUN}
     options |= {"arithmetic": "16bit", "activations": activations}
     [wanted] = crew.run(tmp_path / "1", 1, crew.train, folder=tmp_path / "one", **options)
     how = {"strategy": "pipeline", "variant": "1f1b", "cuts": (1, 1)}

@@ -107,8 +107,9 @@ def test_sliding_layers() -> None:
     assert gemma3 is not None
     assert qwen is not None
     assert (gemma2.sliding_layers, gemma3.sliding_layers, qwen.sliding_layers) == (13, 22, 0)
-    assert qwen.plain_causal
-    assert not gemma2.plain_causal
+    assert qwen.packed_causal
+    assert gemma2.packed_causal
+    assert (gemma2.sandwiched, gemma3.sandwiched, qwen.sandwiched) == (True, True, False)
 
 
 def test_a_folder_and_its_file_give_the_same(tmp_path: Path) -> None:

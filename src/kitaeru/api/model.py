@@ -245,7 +245,7 @@ class JapaneseModel:
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         model = load_streamed(self.section, base="nf4", precision=precision, device=device, folder=folder)
         if model.config._attn_implementation == attention.NAME:  # for packed rows; one answer is no packed row
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation(attention.own_kernel(model.config))
         model.eval()
         return model
 

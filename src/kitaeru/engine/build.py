@@ -201,7 +201,7 @@ def _check_ram(trainee: Trainee) -> None:
 
 
 def choose_attention(trainee: Trainee) -> None:
-    """Let the fastest flash attention that is installed, and right for this model's heads, be torch's; the main process
+    """Let the fastest attention kernel that is there, and right for this model's heads, be taken; the main process
     decides for all.
     """
     config = trainee.causal_lm.config
@@ -210,16 +210,23 @@ def choose_attention(trainee: Trainee) -> None:
         return
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = flash.Shape(heads, getattr(config, "num_key_value_heads", None) or heads, width, width**-0.5)
+    sights = tuple({attention.sight_of(config, layer): None for layer in range(config.num_hidden_layers)})
+    shape = flash.Shape(heads, getattr(config, "num_key_value_heads", None) or heads, width, width**-0.5, sights)
     timer = Bench(trainee.device, FLASH_SECONDS, quick=True).time
     tried = trainee.world.said(flash.settle(shape, trainee.device, timer, sixteen) if trainee.world.main else [])
     if not tried:
         return
+    right = math.isfinite(tried[0].seconds)
     if not trainee.world.main:
-        flash.use(tried[0].name)
+        flash.use(tried[0].name if right else None)
     took = ", ".join(
         f"{t.title} {1000 * t.seconds:.2f} ms" if math.isfinite(t.seconds) else f"{t.title} – ({t.why})" for t in tried
     )
+    if not right:
+        trainee.say(
+            tr("Attention is computed an example at a time, slower than planned: {took}.", took=took), "warning"
+        )
+        return
     trainee.say(
         tr("Attention is computed by {name}, the fastest that is installed: {took}.", name=tried[0].title, took=took)
     )
@@ -243,7 +250,7 @@ def check_packing(trainee: Trainee) -> None:
     exact = trainee.plan.layout.precision == "fp32" and trainee.plan.layout.base == "none"
     if not apart <= (1e-4 if exact else 0.1):
         if kernel == attention.NAME:
-            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+            model.set_attn_implementation(attention.own_kernel(model.config) if model._supports_sdpa else "eager")
             check_packing(trainee)
         elif kernel != "eager":
             model.set_attn_implementation("eager")

@@ -7,8 +7,9 @@ to 8 bits (`Kept`), and gives the gradient of `both` and, again, the activated p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -38,7 +39,7 @@ def gated_reference(
 ) -> tuple[Rows, Kept]:
     """The definition: the product as Rows, and gate and up as they are kept."""
     gate, up = both.chunk(2, 1)
-    product = _act(gate.float(), activation) * up.float()
+    product = ACTIVATIONS[activation](gate.float()) * up.float()
     rows = put_rows(product, empty_rows(len(product), product.shape[1], extra, dtype, both))
     return rows, _keep(both, keep)
 
@@ -67,7 +68,7 @@ def gated_backward_reference(
     """
     gate = kept.gate.values.float().detach().requires_grad_()
     with torch.enable_grad():
-        active = _act(gate, activation)
+        active = ACTIVATIONS[activation](gate)
         (slope,) = torch.autograd.grad(active.sum(), gate)
     up, above = kept.up.values.float(), upstream.float()
     gradient = torch.cat([above * up * slope, above * active.detach()], 1)
@@ -121,8 +122,11 @@ def _caches(device: torch.device) -> bool:
     return bool(torch.cuda.get_device_properties(device).L2_cache_size > 32 << 20)
 
 
-def _act(gate: Tensor, activation: Activation) -> Tensor:
-    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+# The definitions.
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 def _keep(both: Tensor, keep: torch.dtype) -> Kept:

@@ -1,12 +1,16 @@
-"""A decoder layer of the Llama family with a frozen base and LoRA, as one operation with both passes written out.
+"""A decoder layer of the Llama or Gemma family with a frozen base and LoRA, as one operation with both passes written
+out.
 
     n1 = norm(x)            qkv = n1 W + adapters     q, k turned       o = attention
     r  = x + o W + adapter  n2 = norm(r)              gate | up = n2 W + adapters
     y  = r + (act(gate) up) W + adapter
 
+Gemma 2 and 3 norm what is added to the stream once more: r = x + norm(o W + adapter), and y likewise.
+
 Backward needs n1, q, k, v, o, n2, gate and up: n1 and n2 are kept as the products read them (8 bits where these are in
-8 bits, turned where these are), gate and up in 8 or 16 bits, and the residual stream not at all. Frozen weights are
-expanded from how they are stored into what a product reads, for the time of that product.
+8 bits, turned where these are), gate and up in 8 or 16 bits, and the residual stream not at all; of what is normed and
+added the result, in the products' bits. Frozen weights are expanded from how they are stored into what a product reads,
+for the time of that product.
 
 It is put on a layer's instance after a comparison with the layer's own code; what does not fit is left as it is.
 """
@@ -22,15 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
-from transformers.activations import ACT2FN
 
 from kitaeru.i18n import tr
 from kitaeru.kernels.adapter import project
-from kitaeru.kernels.gated import Activation, Kept, gated, gated_backward
-from kitaeru.kernels.norm import norm, norm_backward
-from kitaeru.kernels.packed_attention import Attended, attend, attend_backward
+from kitaeru.kernels.gated import ACTIVATIONS, Activation, Kept, gated, gated_backward
+from kitaeru.kernels.norm import Normed, add_normed, norm, norm_backward, sandwich
+from kitaeru.kernels.packed_attention import PLAIN, Attended, Sight, attend, attend_backward
 from kitaeru.kernels.rotary import Heads, rotate, rotate_backward
 from kitaeru.kernels.rows import Arithmetic, Rows, round_rows, storage
+from kitaeru.model.attention import sight_of
 from kitaeru.model.head import distance
 from kitaeru.model.offload import Host
 from kitaeru.model.site import Site, UnfitError, site_of
@@ -54,6 +58,7 @@ class Mlp:
     thin_both: Tensor | None
     kept: Kept | None
     thin_down: Tensor | None
+    added: Normed | None = None
 
 
 @dataclass
@@ -67,6 +72,7 @@ class Saved:
     inverse: Tensor | None
     attended: Attended
     thin_o: Tensor | None
+    added: Normed | None
     n2: Rows
     rstd2: Tensor
     mlp: Mlp | None = None
@@ -74,8 +80,9 @@ class Saved:
 
 @dataclass
 class FusedLayer:
-    """The layer. `keep`: the numbers gate and up are kept in; `recompute`: keep only the input, and if there is a
-    `host` there; without `on` the layer's own code runs.
+    """The layer. `post1`, `post2`: weights of the norms of what is added to the stream, if there are any; `keep`: the
+    numbers gate and up are kept in; `recompute`: keep only the input, and if there is a `host` there; without `on` the
+    layer's own code runs.
     """
 
     qkv: Site
@@ -88,6 +95,9 @@ class FusedLayer:
     heads: Heads
     scale: float
     activation: Activation
+    post1: Tensor | None = None
+    post2: Tensor | None = None
+    sight: Sight = PLAIN
     keep: Arithmetic = "16bit"
     recompute: bool = False
     host: Host | None = None
@@ -113,7 +123,8 @@ class FusedLayer:
         r, saved = self.attend(x, place)
         step, saved.mlp = self._mlp(saved.n2)
         assert step is not None
-        return step.add_(r), saved
+        saved.mlp.added = self._add(r, step)
+        return r, saved
 
     def through(self, x: Tensor, place: Place) -> Tensor:
         """The result alone, the MLP a piece of the tokens at a time."""
@@ -123,7 +134,7 @@ class FusedLayer:
         for piece in _pieces(len(r)):
             step, _ = self._mlp(n2.part(piece))
             assert step is not None
-            r[piece].add_(step)
+            self._add(r[piece], step)
             del step
         return r
 
@@ -132,15 +143,27 @@ class FusedLayer:
         _, n1, rstd1 = norm(x, None, self.norm1, self.eps, self.qkv.dtype, self.qkv.extra)
         qkv, thin_qkv = self.qkv.forward(n1)
         inverse = rotate(qkv, place.cos, place.sin, self.heads)
-        attended = attend(*self.heads.split(qkv), place.cu_seqlens, place.longest, self.scale)
+        attended = attend(*self.heads.split(qkv), place.cu_seqlens, place.longest, self.scale, self.sight)
         o = round_rows(attended.output.detach().flatten(1), self.out.dtype, self.out.extra)
         step, thin_o = self.out.forward(o)
         del o
-        r, n2, rstd2 = norm(x, step, self.norm2, self.eps, self.both.dtype, self.both.extra)
-        return r, Saved(n1, rstd1, thin_qkv, qkv, inverse, attended, thin_o, n2, rstd2)
+        then, added = (self.norm2, self.eps, self.both.dtype, self.both.extra), None
+        if self.post1 is None:
+            r, n2, rstd2 = norm(x, step, *then)
+        else:
+            r, added, n2, rstd2 = sandwich(x, step, self.post1, self.out.dtype, *then)
+        return r, Saved(n1, rstd1, thin_qkv, qkv, inverse, attended, thin_o, added, n2, rstd2)
+
+    def _add(self, r: Tensor | None, step: Tensor) -> Normed | None:
+        """Add the MLP's result to the stream, in place; what backward needs of its norm."""
+        if self.post2 is not None:
+            return add_normed(r, step, self.post2, self.eps, self.down.dtype)
+        if r is not None:
+            r.add_(step)
+        return None
 
     def _mlp(self, n2: Rows, *, finish: bool = True) -> tuple[Tensor | None, Mlp]:
-        """The MLP's result; without `finish` not its last product, which backward does not need."""
+        """The MLP's result, before its norm; without `finish` not its last product, which backward does not need."""
         both, thin_both = self.both.forward(n2)
         keep = storage(self.keep, both.dtype)
         active, kept = gated(both, self.activation, self.down.dtype, self.down.extra, keep)
@@ -150,13 +173,23 @@ class FusedLayer:
             return step, Mlp(thin_both, kept, thin_down)
         return None, Mlp(thin_both, kept, project(active, self.down.thin()[0]) if self.down.rank else None)
 
+    def _mlp_again(self, n2: Rows) -> Mlp:
+        step, mlp = self._mlp(n2, finish=self.post2 is not None)
+        if step is not None:
+            mlp.added = self._add(None, step)
+        return mlp
+
     def backward(self, dy: Tensor, s: Saved, place: Place, *, needs_input: bool) -> tuple[Tensor | None, list[Tensor]]:
         """The gradients of the input and of `parameters`."""
         d_n2, of_mlp = self._mlp_backward(dy, s)
-        d_r, g2 = norm_backward(d_n2, s.n2, s.rstd2, self.norm2, dy, self.out.dtype, self.out.extra)
-        assert g2 is not None
+        of_step = (None, 0) if self.post1 is not None else (self.out.dtype, self.out.extra)
+        d_r, g2 = norm_backward(d_n2, s.n2, s.rstd2, self.norm2, dy, *of_step)
+        assert d_r is not None
         del d_n2
-        s.n2 = None  # type: ignore[assignment]
+        if self.post1 is not None:
+            g2 = self._step_gradient(d_r, s.added, self.post1, self.out)
+        assert g2 is not None
+        s.n2 = s.added = None  # type: ignore[assignment]
         d_o, dthin = self.out.backward(g2)
         assert d_o is not None
         o = s.attended.output.detach().flatten(1)
@@ -183,24 +216,34 @@ class FusedLayer:
         """
         pieces = _pieces(len(dy))
         if s.mlp is not None or len(pieces) == 1:
-            mlp, s.mlp = s.mlp or self._mlp(s.n2, finish=False)[1], None
+            mlp, s.mlp = s.mlp or self._mlp_again(s.n2), None
             return self._mlp_gradients(dy, s.n2, mlp)
         d_n2, total = torch.empty_like(dy), list[Tensor]()
         for piece in pieces:
             n2 = s.n2.part(piece)
-            d_n2[piece], found = self._mlp_gradients(dy[piece], n2, self._mlp(n2, finish=False)[1])
+            d_n2[piece], found = self._mlp_gradients(dy[piece], n2, self._mlp_again(n2))
             total = [a.add_(b) for a, b in zip(total, found, strict=True)] if total else found
         return d_n2, total
 
+    def _step_gradient(self, dy: Tensor, added: Normed | None, post: Tensor, site: Site) -> Rows:
+        """The gradient of a site's result, whose norm was added to the stream."""
+        assert added is not None
+        rows = norm_backward(dy, added.rows, added.rstd, post, None, site.dtype, site.extra)[1]
+        assert rows is not None
+        return rows
+
     def _mlp_gradients(self, dy: Tensor, n2: Rows, mlp: Mlp) -> tuple[Tensor, list[Tensor]]:
         assert mlp.kept is not None
-        g = round_rows(dy, self.down.dtype, self.down.extra)
+        if self.post2 is None:
+            g = round_rows(dy, self.down.dtype, self.down.extra)
+        else:
+            g = self._step_gradient(dy, mlp.added, self.post2, self.down)
         d_active, dthin = self.down.backward(g)
         assert d_active is not None
         d_both, active = gated_backward(d_active, mlp.kept, self.activation, self.both.dtype, self.both.extra)
         of_down = self.down.gradients(active, mlp.thin_down, dthin, g)
         del d_active, active, g
-        mlp.kept = mlp.thin_down = None
+        mlp.kept = mlp.thin_down = mlp.added = None
         d_n2, dthin = self.both.backward(d_both)
         assert d_n2 is not None
         return d_n2, [*self.both.gradients(n2, mlp.thin_both, dthin, d_both), *of_down]
@@ -248,49 +291,51 @@ def _once(ctx: Any) -> Any:
 
 
 def fused_layer(layer: Any, config: PretrainedConfig, arithmetic: Arithmetic, compute: torch.dtype) -> FusedLayer:
-    """What is computed by this decoder layer, if its parts have the names and types of the Llama family.
+    """What is computed by this decoder layer, if its parts have the names and types of the Llama or Gemma family.
 
     Raises:
         UnfitError: they have not.
     """
+    parts = {name for name, _ in layer.named_children()}
+    sandwiched = "pre_feedforward_layernorm" in parts
+    names = ("input_layernorm", "pre_feedforward_layernorm" if sandwiched else "post_attention_layernorm")
+    posts = ("post_attention_layernorm", "post_feedforward_layernorm") if sandwiched else ()
     try:
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        first, second = layer.input_layernorm, layer.post_attention_layernorm
-        head_dim, scale = attention.head_dim, attention.scaling
+        norms = [getattr(layer, name) for name in (*names, *posts)]
+        head_dim, scale, index = attention.head_dim, attention.scaling, attention.layer_idx
     except AttributeError as error:
         raise UnfitError(tr("a layer without {name}", name=error.name)) from error
-    extra = {name for name, _ in layer.named_children()} - {
-        "self_attn", "mlp", "input_layernorm", "post_attention_layernorm",
-    }  # fmt: skip
+    extra = parts - {"self_attn", "mlp", *names, *posts}
     if extra:
         raise UnfitError(tr("a part called {name}", name=min(extra)))
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    norms = [n for n in (first, second, q_norm, k_norm) if n is not None]
-    if any(n.weight.requires_grad for n in norms):
-        raise UnfitError(tr("a norm that is trained"))
     if (q_norm is None) != (k_norm is None) or (q_norm is not None and q_norm.weight.shape != (head_dim,)):
         raise UnfitError(tr("a norm over all heads"))
-    kv = config.num_key_value_heads
+    if len({_eps(n) for n in norms}) > 1:
+        raise UnfitError(tr("two norms of different kinds"))
     heads = Heads(
-        config.num_attention_heads, kv, head_dim,
-        None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
+        config.num_attention_heads, config.num_key_value_heads, head_dim,
+        None if q_norm is None else _weight(q_norm), None if k_norm is None else _weight(k_norm),
         1e-6 if q_norm is None else _eps(q_norm),
     )  # fmt: skip
-    if _eps(first) != _eps(second):
-        raise UnfitError(tr("two norms of different kinds"))
+    first, second, *others = (_weight(n) for n in norms)
     return FusedLayer(
         qkv=site_of(projections, arithmetic, compute),
         out=site_of((attention.o_proj,), arithmetic, compute),
         both=site_of((gate, up), arithmetic, compute),
         down=site_of((down,), arithmetic, compute),
-        norm1=first.weight,
-        norm2=second.weight,
-        eps=_eps(first),
+        norm1=first,
+        norm2=second,
+        eps=_eps(norms[0]),
         heads=heads,
         scale=scale,
         activation=_activation(mlp),
+        post1=others[0] if others else None,
+        post2=others[1] if others else None,
+        sight=sight_of(config, index),
     )
 
 
@@ -302,13 +347,28 @@ def _eps(module: Any) -> float:
     raise UnfitError(tr("a norm without an epsilon"))
 
 
+def _weight(norm: Any) -> Tensor:
+    """What a norm multiplies by, by what it makes of ones: its weight, or, in fp32, 1 more than that."""
+    weight: Tensor = norm.weight
+    if weight.requires_grad:
+        raise UnfitError(tr("a norm that is trained"))
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        found = norm(torch.ones_like(weight)[None])[0].float() * (1 + _eps(norm)) ** 0.5
+        for candidate in (weight, weight.float() + 1):
+            if torch.allclose(found, candidate.float(), rtol=0.01, atol=0.01):
+                return candidate.detach()
+    raise UnfitError(tr("a norm of another kind"))
+
+
 def _activation(mlp: Any) -> Activation:
-    kind = type(getattr(mlp, "act_fn", None))
-    if kind is type(ACT2FN["silu"]):
-        return "silu"
-    if kind is type(ACT2FN["gelu_pytorch_tanh"]):
-        return "gelu_tanh"
-    raise UnfitError(tr("the activation {name}", name=kind.__name__))
+    """What an MLP's gate goes through, by its values."""
+    act = getattr(mlp, "act_fn", None)
+    gate = torch.linspace(-6, 6, 101)
+    if callable(act):
+        for name, known in ACTIVATIONS.items():
+            if torch.allclose(act(gate), known(gate), rtol=0, atol=1e-5):
+                return name
+    raise UnfitError(tr("the activation {name}", name=type(act).__name__))
 
 
 def install(layer: Any, fused: FusedLayer) -> Callable[[], None]:

@@ -95,7 +95,7 @@ def _ready_to_generate(model: PreTrainedModel) -> Iterator[None]:
     model.eval()
     model.config.use_cache = True
     if kernel == attention.NAME:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(attention.own_kernel(model.config))
     try:
         yield
     finally:

@@ -33,15 +33,22 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     """The model's config, without its weights.
 
     Raises:
-        ModelError: not found, no network, no permission, or it wants to run code of its own.
+        ModelError: not found, no network, no permission, it wants to run code of its own, or it is more than a language
+            model.
     """
     source = model_source(section)
     try:
-        return AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             source, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:
         raise not_loaded(section, error) from error
+    if not hasattr(config, "num_hidden_layers"):
+        raise ModelError(
+            tr("{model} is more than a language model: it also sees or hears.", model=section.name),
+            remedy=tr("Name a model of text alone, or a folder with the language model taken out of it."),
+        )
+    return config
 
 
 def load_model(
@@ -147,7 +154,7 @@ def attention_for(section: ModelSection, config: PretrainedConfig) -> str | None
     """The attention implementation of transformers for a recipe's wish; None leaves it to transformers.
 
     Raises:
-        ModelError: `packed` is asked for, and the model has other than plain causal attention.
+        ModelError: `packed` is asked for, and the model has other than causal attention.
     """
     if section.attention in ("auto", "packed"):
         attention.register()
@@ -155,11 +162,11 @@ def attention_for(section: ModelSection, config: PretrainedConfig) -> str | None
             return attention.NAME
         if section.attention == "packed":
             raise ModelError(
-                tr("{model} does not use plain causal attention in every layer.", model=section.name),
+                tr("{model} does not use causal attention in every layer, or with dropout.", model=section.name),
                 remedy=tr("Leave `model.attention` out, or set it to sdpa or eager."),
             )
         # None: SDPA where the model has it, else its own.
-        return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+        return "eager" if attention.own_kernel(config) == "eager" else None
     return section.attention
 
 
@@ -232,7 +239,7 @@ def load_to_answer(
     _refuse_pickles(source)
     options: dict[str, Any] = {"attn_implementation": attention_for(section, config)}
     if options["attn_implementation"] == attention.NAME:  # for packed rows; one answer is no packed row
-        options["attn_implementation"] = "sdpa"
+        options["attn_implementation"] = attention.own_kernel(config)
     if base != "none":
         options["quantization_config"] = quantisation(base, precision)
     try:

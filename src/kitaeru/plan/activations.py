@@ -112,8 +112,11 @@ def _kept_attention(layout: Layout, shape: ModelShape, setting: Setting) -> int:
     """One layer's q, k, v, output, and log-sum-exp of each head, per token.
 
     Where the kernel knows no grouped heads, as none does in 32 bits on a GPU, k and v are kept repeated. A fused
-    layer's v keeps its q and k alive.
+    layer's v keeps its q and k alive. Soft-capped scores that no kernel takes are computed again from q, k and v alone.
     """
+    packed = shape.packed_causal and setting.attention in ("auto", "packed")
+    if packed and shape.attention_softcap and (layout.device != "cuda" or compute_bytes(layout) == 4):
+        return compute_bytes(layout) * (shape.q_size + 2 * shape.kv_size)
     repeated = layout.device == "cuda" and (setting.repeats_keys or compute_bytes(layout) == 4)
     key = shape.q_size if repeated else shape.kv_size
     value = shape.q_size + 2 * shape.kv_size if shape.fused_qkv and not repeated else key
@@ -183,9 +186,9 @@ def cast_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
 def score_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> tuple[int, int]:
     """Bytes of scores that one layer keeps for a whole micro-batch, and of the mask all layers share.
 
-    Packed attention has neither. SDPA with a block mask has a byte for each pair of tokens. Soft-capped scores need
-    eager attention: the capped scores, the softmax in 32 bits and its copy in the arithmetic's width, for every head
-    and pair.
+    Packed attention has neither. SDPA with a block mask has a byte for each pair of tokens. Beside it soft-capped
+    scores need eager attention: the capped scores, the softmax in 32 bits and its copy in the arithmetic's width, for
+    every head and pair.
     """
     c, tokens = compute_bytes(layout), layout.micro_batch_tokens
     if fused.is_fused(layout):
@@ -193,7 +196,7 @@ def score_bytes(layout: Layout, shape: ModelShape, setting: Setting) -> tuple[in
     pairs = tokens * tokens
     if setting.attention == "flash_attention_2":
         return 0, 0
-    if shape.plain_causal and setting.attention in ("auto", "packed"):
+    if shape.packed_causal and setting.attention in ("auto", "packed"):
         return 0, 0
     if not (shape.attention_softcap or shape.sinks or setting.attention == "eager"):
         return 0, pairs

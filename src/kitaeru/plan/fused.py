@@ -18,7 +18,7 @@ from kitaeru.shape import Linear, ModelShape
 MLP_TOKENS = 16384
 # Sizes of micro-batches that CUDA graphs are made for, a quarter, two, three and all of the largest: others are padded.
 GRAPH_SIZES = 4
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 # What reads the same tensor is one product.
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",),
@@ -70,9 +70,9 @@ def groups(shape: ModelShape, lora: LoraSection) -> tuple[Group, ...]:
 
 def why_not(shape: ModelShape, lora: LoraSection) -> str | None:
     """What a layer of this model has that the fused one does not know; None where it fits. For `plan.layouts`."""
-    if shape.family not in FAMILIES or shape.experts or not shape.gated_mlp or shape.norm != "rms":
+    if shape.family not in FAMILIES or shape.experts:
         return "family"
-    if not shape.plain_causal:
+    if not shape.packed_causal:
         return "attention"
     if lora.dora or lora.dropout or lora.modules_to_save:
         return "adapter"
@@ -125,8 +125,9 @@ def _width(layout: Layout) -> int:
 def kept_per_token(layout: Layout, shape: ModelShape, lora: LoraSection) -> dict[str, int]:
     """Bytes that all layers keep for the backward pass for one token, by part.
 
-    The two norms' results as the products read them, with 1/rms and their scale; q, k, v, the output of attention and
-    a number per head; gate and up, in 8 bits with `keep8`; each adapter's thin result.
+    The two norms' results as the products read them, with 1/rms and their scale, and those of the two norms of what is
+    added, where there are such; q, k, v, the output of attention and a number per head; gate and up, in 8 bits with
+    `keep8`; each adapter's thin result.
 
     >>> llama = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256)
     >>> layout = Layout("single", "qlora", "nf4", "bf16", "keep8", 8192, "cuda", arithmetic="fp8")
@@ -136,7 +137,8 @@ def kept_per_token(layout: Layout, shape: ModelShape, lora: LoraSection) -> dict
     n, w, qkv, out, both, down = _number(layout), _width(layout), *groups(shape, lora)
     scale = 4 if n == 1 else 0
     per_head = 4 * (shape.heads + shape.kv_heads) if shape.qk_norm else 0
-    norms = n * (2 * shape.hidden + qkv.extra(layout) + both.extra(layout)) + 2 * (scale + 4)
+    count = 4 if shape.sandwiched else 2
+    norms = n * (count * shape.hidden + qkv.extra(layout) + both.extra(layout)) + count * (scale + 4)
     attention = w * (2 * shape.q_size + 2 * shape.kv_size) + 4 * shape.heads + per_head
     eight = layout.activations == "keep8"
     mlp = 2 * shape.intermediate * (1 if eight else w) + (8 if eight else 0)
@@ -177,7 +179,8 @@ def forward_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     n, w, qkv, out, both, down = _number(layout), _width(layout), *groups(shape, lora)
     h, f, tokens = shape.hidden, shape.intermediate, layout.micro_batch_tokens
     piece, through = min(tokens, MLP_TOKENS), n * (h + both.extra(layout))
-    rows = n * (h + qkv.extra(layout)) + max(n * (shape.q_size + out.extra(layout)), through)
+    normed = n * h if shape.sandwiched else 0
+    rows = n * (h + qkv.extra(layout)) + max(n * (shape.q_size + out.extra(layout)), through + normed)
     attention = tokens * (3 * w * h + rows + 2 * w * (shape.q_size + shape.kv_size) + 4 * shape.heads)
     stream = tokens * (2 * w * h + through)
     gate = stream + piece * (2 * w * f + n * (f + down.extra(layout)) + w * h)
@@ -212,12 +215,12 @@ def streamed_bytes_per_token(layout: Layout, shape: ModelShape, lora: LoraSectio
         kept = 4 * f if layout.activations == "keep8" else 0  # rounding costs more than the bytes it writes
         rows = 2 * w * (q + kv) + (w + n) * q + norms + (2 * w + n) * f + kept + 3 * w * h
         thin = n * (h + q + h + f) if size else 0
-        return float(rows + thin)
+        return float(rows + thin + (2 * n * h if shape.sandwiched else 0))
     gates = 2 * f if layout.activations == "keep8" else 2 * w * f
     rows = (w + n) * h + w * f + gates + 3 * n * f + (3 * w + 2 * n) * h + (w + n) * (q + 2 * kv) + (3 * w + n) * h
     outputs = q + 2 * kv + h + 2 * f + h
     thin = 2 * n * outputs + n * (2 * h + f) + w * q if size else 0
-    return float(rows + thin)
+    return float(rows + thin + ((w + 2 * n) * h if shape.sandwiched else 0))
 
 
 def expanded_bytes(layout: Layout, shape: ModelShape) -> float:
@@ -263,4 +266,6 @@ def kernels(layout: Layout, shape: ModelShape, lora: LoraSection, *, forward: bo
     >>> [kernels(layout, llama, LoraSection(), forward=forward) for forward in (True, False)]
     [23, 45]
     """
-    return KERNELS_FORWARD + sum(g.rank > 0 for g in groups(shape, lora)) if forward else KERNELS_BACKWARD
+    if forward:
+        return KERNELS_FORWARD + sum(g.rank > 0 for g in groups(shape, lora))
+    return KERNELS_BACKWARD + shape.sandwiched

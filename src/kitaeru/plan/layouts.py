@@ -374,7 +374,7 @@ def _fused_layers_are_known(case: Case) -> str | None:
     if reason == "adapter":
         return tr("Fused layers know plain LoRA: no dropout, no DoRA, no `modules_to_save`.")
     if reason is not None:
-        return tr("This model's layers are none that kitaeru can fuse (Llama, Mistral, Qwen2 and Qwen3 are).")
+        return tr("This model's layers are none that kitaeru can fuse (Llama, Mistral, Qwen2, Qwen3 and Gemma are).")
     return None
 
 

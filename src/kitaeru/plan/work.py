@@ -31,8 +31,11 @@ ADAMW_BYTES = {"adamw": 40, "adamw_16bit": 32, "adamw_8bit": 22, "paged_adamw_8b
 CPU_ADAMW_BYTES = 28
 # Kernels of the head for a chunk of rows in a CUDA graph: rows and targets, two products, losses, sums, rows put back.
 GRAPH_HEAD_KERNELS = 8
-# A layer that is computed again leaves its last product out, the MLP's way down.
+# A layer that is computed again leaves its last product out, the MLP's way down, unless a norm follows on it.
 FUSED_AGAIN = 0.75
+# FlexAttention's time for soft-capped scores, of flash attention's for plain ones: an estimate. Its authors have 1.1 to
+# 1.2 without a cap (pytorch.org/blog/flexattention).
+CAPPED = 1.5
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def layer_backward(layout: Layout, shape: ModelShape, setting: Setting, typical:
     if fused.is_fused(layout):
         work = _fused_pass(layout, shape, setting, typical, forward=False)
         again = layer_forward(layout, shape, setting, typical) if computed else Work()
-        return work + replace(again, **{kind: getattr(again, kind) * FUSED_AGAIN for kind in ("gemm", "eight")})
+        share = 1.0 if shape.sandwiched else FUSED_AGAIN
+        return work + replace(again, **{kind: getattr(again, kind) * share for kind in ("gemm", "eight")})
     tokens, layers = layout.micro_batch_tokens, shape.layers
     weights, whole = shape.linear_parameters() / layers, trains_all(layout)
     passes = 2 if whole else 1
@@ -176,6 +180,7 @@ def _fused_pass(layout: Layout, shape: ModelShape, setting: Setting, typical: fl
     tokens = layout.micro_batch_tokens
     flops = 2 * shape.linear_parameters() / shape.layers * tokens
     attention = (4 if forward else 10) * shape.q_size * seen_tokens(shape, typical) * tokens
+    attention *= CAPPED if shape.attention_softcap else 1
     moved = fused.streamed_bytes_per_token(layout, shape, setting.lora, forward=forward)
     return Work(
         gemm=flops if layout.arithmetic == "16bit" else fused.turning_flops(layout, shape, forward=forward),

@@ -67,8 +67,8 @@ class ModelSection(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "packed"] = Field(
         "auto",
         description=N_(
-            "The attention kernel. `auto` takes kitaeru's packed kernel where every layer is plain causal attention, "
-            "else torch's SDPA with a block mask."
+            "The attention kernel. `auto` takes kitaeru's packed kernels where every layer is causal attention, with a "
+            "window or without, else torch's SDPA with a block mask."
         ),
     )
     trust_remote_code: bool = Field(

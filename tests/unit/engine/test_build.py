@@ -55,7 +55,7 @@ SHAPES = {
         attention.NAME,
         True,
     ),
-    "mistral": (MistralConfig(**SIZE, sliding_window=WINDOW), "sdpa", True),
+    "mistral": (MistralConfig(**SIZE, sliding_window=WINDOW), attention.NAME, True),
     "gemma2": (
         Gemma2Config(
             **SIZE,
@@ -64,12 +64,12 @@ SHAPES = {
             final_logit_softcapping=2.0,
             query_pre_attn_scalar=8,
         ),
-        "eager",
+        attention.NAME,
         True,
     ),
     "gemma3": (
         Gemma3TextConfig(**SIZE, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
-        "sdpa",
+        attention.NAME,
         True,
     ),
     "cohere": (CohereConfig(**SIZE, logit_scale=0.25), attention.NAME, False),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MixtralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GemmaConfig, LlamaConfig, MixtralConfig, Qwen3Config
 
 from kitaeru.model.fused import FusedLayer
 from kitaeru.model.offload import Host
@@ -23,6 +23,12 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZE),
     "qwen3": Qwen3Config(**SIZE),
     "gemma": GemmaConfig(**SIZE),
+    "gemma2": Gemma2Config(
+        **(SIZE | {"num_key_value_heads": 4}),  # INT8 takes sides of 64
+        sliding_window=16,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
     "mixtral": MixtralConfig(**SIZE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
 }
 DROPOUT: dict[str, Any] = {"lora__dropout": 0.3}
@@ -32,6 +38,7 @@ CASES = {
     "mixtral": ("mixtral", {}),
     "llama, fused": ("llama", {"arithmetic": "16bit"}),
     "qwen3, fused, 4 bits": ("qwen3", {"arithmetic": "16bit", "method": "qlora"}),
+    "gemma2, fused, 4 bits": ("gemma2", {"arithmetic": "16bit", "method": "qlora"}),
 }
 # What is done, and how often each layer's attention is computed in a forward and a backward pass.
 POLICIES = {
@@ -114,6 +121,17 @@ def test_losses_and_gradients_are_those_of_keeping_everything(
     for name, value in expected.items():
         told = partial("{}: {}".format, name)
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-7, msg=told)
+
+
+@pytest.mark.parametrize("arithmetic", ["16bit", "int8"])
+def test_gemma_2_is_trained_fused_as_by_its_own_code(make: Any, arithmetic: str) -> None:
+    """Packed examples longer than the window, capped scores and capped logits, by the engine: the loss in chunks."""
+    plain, fused = (make("gemma2", arithmetic=kind) for kind in ("plain", arithmetic))
+    assert (len(plain.trainee.fused), len(fused.trainee.fused)) == (0, LAYERS)
+    for made in (plain, fused):
+        assert made.run() == "finished"
+        assert made.notices == []
+    assert fused.losses == pytest.approx(plain.losses, rel=1e-5 if arithmetic == "16bit" else 5e-3)
 
 
 def test_a_run_is_trained_the_same(make: Any) -> None:

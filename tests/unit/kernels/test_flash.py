@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import attention as implementations
 
-from kitaeru.kernels import flash
+from kitaeru.kernels import flash, flex
+from kitaeru.kernels.packed_attention import Sight
 from kitaeru.machine.measure import Bench
 
 CPU, SHAPE = torch.device("cpu"), flash.Shape(4, 2, 64, 0.125)
@@ -45,7 +48,8 @@ def answers(
     monkeypatch.setattr(flash, "_off", lambda *_: off.get(active(), 0.001))
 
     def time(passes: Callable[[], Any]) -> float:
-        assert [tuple(gradient.shape) for gradient in passes()] == [(8, 4, 64), (8, 2, 64), (8, 2, 64)]
+        (layer,) = passes()
+        assert [tuple(gradient.shape) for gradient in layer] == [(8, 4, 64), (8, 2, 64), (8, 2, 64)]
         return seconds[active()]
 
     return time
@@ -90,22 +94,58 @@ def test_where_none_is_installed_nothing_is_tried(monkeypatch: pytest.MonkeyPatc
     assert implementations.current_flash_attention_impl() is None
 
 
-def test_what_is_compared_is_right_for_torchs_own() -> None:
-    """The comparison itself, by the kernels that a CPU has."""
-    assert flash._off(SHAPE, CPU, torch.float32) < 1e-5
-    wrong = flash.Shape(4, 2, 64, 0.125)
+@pytest.mark.parametrize("sight", [Sight(), Sight(window=40), Sight(softcap=2.0), Sight(window=4096, softcap=2.0)])
+def test_what_is_compared_is_right_for_what_a_cpu_has(sight: Sight, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison itself: it sees another scale, another cap, and a window that is longer than what it compares."""
+    shape = replace(SHAPE, sights=(Sight(), sight))
+    assert flash._off(shape, CPU, torch.float32) < 1e-5
     exact = flash.packed_attention_reference
-    try:
-        flash.packed_attention_reference = lambda q, k, v, starts, scale: exact(q, k, v, starts, 1.5 * scale)
-        assert flash._off(wrong, CPU, torch.float32) > flash.CLOSE
-    finally:
-        flash.packed_attention_reference = exact
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, seen: Sight) -> Tensor:
+        other = Sight(seen.window and seen.window - 10, 1.5 * seen.softcap)
+        return exact(q, k, v, starts, 1.5 * scale if seen == Sight() else scale, other)
+
+    monkeypatch.setattr(flash, "packed_attention_reference", wrong)
+    assert flash._off(shape, CPU, torch.float32) > flash.CLOSE
+
+
+def test_capped_scores_take_the_tiles_that_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none where none is, which is told with the reasons."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(flash, "_packed", lambda *_: ((), None, None))
+    monkeypatch.setattr(flex, "tiles", None)
+    capped, device = replace(SHAPE, sights=(Sight(softcap=50.0), Sight(4096, 50.0))), torch.device("cuda", 0)
+    names = list(flex.TILES)
+    for wrong in range(len(names) + 1):
+        monkeypatch.setattr(flash, "_off", lambda *_, of=names[:wrong]: 0.3 if flex.tiles in of else 0.001)
+        tried = flash.settle(capped, device, lambda _: 1.0)
+        assert flex.tiles == (names[wrong] if wrong < len(names) else None)
+        assert [t.name for t in tried] == names[: wrong + 1][::-1]
+        assert [t.why for t in tried if t.name in names[:wrong]] == ["0.300"] * wrong
+        assert (tried[0].seconds == 1.0) == (wrong < len(names))
+    assert flash.settle(capped, CPU, lambda _: 1.0) == []
 
 
 @pytest.mark.gpu
-def test_torchs_own_is_right_and_timed_on_a_gpu() -> None:
+@pytest.mark.parametrize("sights", [(Sight(),), (Sight(), Sight(window=1024))])
+def test_torchs_own_is_right_and_timed_on_a_gpu(sights: tuple[Sight, ...]) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     timer = Bench(device, 0.05, quick=True).time
-    tried = flash._tried(None, flash.Shape(32, 8, 128, 128**-0.5), device, timer, torch.bfloat16)
+    tried = flash._tried(None, flash.Shape(32, 8, 128, 128**-0.5, sights), device, timer, torch.bfloat16)
     assert 0 < tried.seconds < 1
     assert tried.why == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [128, 256])
+@pytest.mark.parametrize("tiles", ["flex-small", "flex-smallest", ""])
+def test_flex_attention_is_right_on_a_gpu(size: int, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of Gemma 2, in layers that see all and in such that see 1,024 tokens; without a name what is chosen."""
+    monkeypatch.setattr(flex, "tiles", None)
+    device = torch.device("cuda", torch.cuda.current_device())
+    shape = flash.Shape(8, 4, size, 256**-0.5, (Sight(1024, 50.0), Sight(0, 50.0)))
+    timer = Bench(device, 0.05, quick=True).time
+    found = [flash._tried(tiles, shape, device, timer, torch.bfloat16)] if tiles else flash.settle(shape, device, timer)
+    tried = found[0]
+    assert tried.why == ""
+    assert 0 < tried.seconds < 1

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kitaeru.kernels.gated import gated, gated_backward, gated_backward_reference, gated_reference
-from kitaeru.kernels.norm import norm, norm_backward, norm_backward_reference, norm_reference
+from kitaeru.kernels.norm import (
+    add_normed,
+    add_normed_reference,
+    norm,
+    norm_backward,
+    norm_backward_reference,
+    norm_reference,
+    sandwich,
+    sandwich_reference,
+)
 from kitaeru.kernels.rotary import (
     Heads,
     rotate,
@@ -58,7 +67,31 @@ def test_norm_and_its_backward_are_autograds() -> None:
     assert apart(rows.values, y) < 1e-6
     dx, none = norm_backward_reference(up, rows, rstd, weight, along, None, 0)
     assert none is None
+    assert dx is not None
     assert apart(dx, expected) < 1e-5
+
+
+def test_a_norm_of_what_is_added_and_its_backward_are_autograds() -> None:
+    x, delta, post, weight, up, along = (draw(*size, seed=s) for s, size in enumerate([(5, 64), (5, 64), (64,), (64,)]
+                                         + [(5, 64)] * 2))  # fmt: skip
+    leaf = delta.clone().requires_grad_()
+    total = x + F.rms_norm(leaf, (64,), post, 1e-3)
+    y = F.rms_norm(total, (64,), weight, 1e-3)
+    (expected,) = torch.autograd.grad((y * up).sum() + (total * along).sum(), leaf)
+    got_total, added, rows, rstd = sandwich_reference(x, delta, post, torch.float32, weight, 1e-3, torch.float32, 0)
+    assert apart(got_total, total) < 1e-6
+    assert apart(rows.values, y) < 1e-6
+    d_total, _ = norm_backward_reference(up, rows, rstd, weight, along, None, 0)
+    assert d_total is not None
+    none, d_delta = norm_backward_reference(d_total, added.rows, added.rstd, post, None, torch.float32, 8)
+    assert none is None
+    assert d_delta is not None
+    assert apart(d_delta.values, expected) < 1e-5
+    again = x.clone()
+    for into in (again, None):  # in place, or only what is kept
+        kept = add_normed_reference(into, delta, post, 1e-3, torch.float32)
+        assert torch.equal(kept.rows.data, added.rows.data)
+    assert torch.equal(again, got_total)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(FP8, 0.08), (torch.int8, 0.13)])
@@ -73,6 +106,8 @@ def test_a_weight_of_nearly_nought_does_not_make_rounding_large(dtype: torch.dty
     rounded = norm_reference(x, None, weight, 1e-5, dtype, 0)
     expected, _ = norm_backward_reference(up, *exact[1:], weight, along, None, 0)
     found, _ = norm_backward_reference(up, *rounded[1:], weight, along, None, 0)
+    assert expected is not None
+    assert found is not None
     assert apart(found, expected) < bound
 
 
@@ -163,10 +198,43 @@ def test_triton_norm_is_the_reference(arithmetic: Arithmetic, width: int) -> Non
         back, reference = (
             f(up, theirs[1], theirs[2], weight, along, dtype, extra) for f in (norm_backward, norm_backward_reference)
         )
+        assert back[0] is not None
+        assert reference[0] is not None
         assert apart(back[0], reference[0]) < 4e-3
         assert back[1] is not None
         assert reference[1] is not None
         same_rows(back[1], reference[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("width", [3584, 1344])
+def test_triton_norms_what_is_added_as_the_reference(arithmetic: Arithmetic, width: int) -> None:
+    x, delta, up = (draw(37, width, dtype=torch.bfloat16, device="cuda", seed=s) for s in range(3))
+    post, weight = (1 + 0.3 * draw(width, device="cuda", seed=s) for s in (5, 6))
+    dtype, extra = storage(arithmetic, torch.bfloat16), extra_columns(arithmetic, 8)
+    ours, theirs = (f(x, delta, post, dtype, weight, 1e-5, dtype, extra) for f in (sandwich, sandwich_reference))
+    assert apart(ours[0], theirs[0]) < 1e-3
+    assert apart(ours[3], theirs[3]) < 1e-3
+    same_rows(ours[2], theirs[2])
+    totals = x.clone(), x.clone()
+    alone = [f(t, delta, post, 1e-5, dtype) for f, t in zip((add_normed, add_normed_reference), totals, strict=True)]
+    assert apart(totals[0], totals[1]) < 1e-3
+    for mine, his in (
+        (ours[1], theirs[1]),
+        (alone[0], alone[1]),
+        (add_normed(None, delta, post, 1e-5, dtype), alone[1]),
+    ):
+        same_rows(mine.rows, his.rows)
+        assert apart(mine.rstd, his.rstd) < 1e-3
+    back, reference = (
+        f(up, theirs[1].rows, theirs[1].rstd, post, None, dtype, extra)
+        for f in (norm_backward, norm_backward_reference)
+    )
+    assert back[0] is reference[0] is None
+    assert back[1] is not None
+    assert reference[1] is not None
+    same_rows(back[1], reference[1])
 
 
 @pytest.mark.gpu
@@ -193,7 +261,7 @@ def test_triton_gated_is_the_reference(arithmetic: Arithmetic, activation: str, 
 @pytest.mark.gpu
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
 def test_triton_rotation_is_the_reference(arithmetic: Arithmetic, normed: bool, size: int) -> None:
     """Heads smaller than what is turned at a time, as large, and larger."""
     heads = heads_of(normed, "cuda", torch.bfloat16, query=6, size=size)

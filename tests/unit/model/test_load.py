@@ -6,9 +6,18 @@ import shutil
 import bitsandbytes as bnb
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from kitaeru.errors import ModelError
+from kitaeru.kernels.packed_attention import Sight
 from kitaeru.model import attention
 from kitaeru.model.load import config_dict, load_config, load_model, model_source
 from kitaeru.plan.types import Layout
@@ -69,19 +78,43 @@ def test_pretraining_needs_a_config_only(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "plain"),
+    ("config", "suits"),
     [
         (LlamaConfig(), True),
         (LlamaConfig(attention_dropout=0.1), False),
-        (MistralConfig(sliding_window=4096), False),
-        (MistralConfig(sliding_window=None), True),
-        (Qwen2Config(use_sliding_window=False), True),
-        (Qwen2Config(use_sliding_window=True, max_window_layers=1), False),
-        (Gemma2Config(), False),
+        (MistralConfig(sliding_window=4096), True),
+        (Qwen2Config(use_sliding_window=True, max_window_layers=1), True),
+        (Gemma2Config(), True),
+        (Gemma3TextConfig(use_bidirectional_attention=True), False),
+        (Llama4TextConfig(), False),  # chunks
     ],
 )
-def test_packed_attention_suits_plain_causal_attention_only(config, plain):
-    assert attention.suits(config) == plain
+def test_packed_attention_suits_causal_attention_only(config, suits):
+    assert attention.suits(config) == suits
+
+
+@pytest.mark.parametrize(
+    ("config", "sights"),
+    [
+        (LlamaConfig(), [Sight(), Sight()]),
+        (MistralConfig(sliding_window=8), [Sight(8), Sight(8)]),
+        (MistralConfig(sliding_window=None), [Sight(), Sight()]),
+        (Qwen2Config(sliding_window=8, use_sliding_window=False), [Sight(), Sight()]),
+        (Qwen2Config(sliding_window=8, use_sliding_window=True, max_window_layers=1), [Sight(), Sight(8)]),
+        (Gemma2Config(sliding_window=8), [Sight(8, 50.0), Sight(0, 50.0)]),
+        (Gemma3TextConfig(sliding_window=8, layer_types=["full_attention", "sliding_attention"] * 13),
+         [Sight(), Sight(8)]),
+    ],
+)  # fmt: skip
+def test_what_a_layer_sees_is_read_as_its_masks_are(config, sights):
+    assert [attention.sight_of(config, layer) for layer in (0, 1)] == sights
+
+
+def test_a_model_that_also_sees_is_told(tmp_path):
+    Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="also sees") as caught:
+        load_config(section(tmp_path))
+    assert "text alone" in str(caught.value)
 
 
 def test_attention_may_be_chosen(tiny_model, tmp_path):
@@ -91,7 +124,7 @@ def test_attention_may_be_chosen(tiny_model, tmp_path):
     config = json.loads((tiny_model / "config.json").read_text())
     shutil.copytree(tiny_model, tmp_path / "dropout")
     (tmp_path / "dropout" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
-    with pytest.raises(ModelError, match="plain causal attention") as caught:
+    with pytest.raises(ModelError, match="causal attention") as caught:
         load_model(section(tmp_path / "dropout", attention="packed"), layout(), 0)
     assert "model.attention" in str(caught.value)
 

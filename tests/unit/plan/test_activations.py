@@ -205,7 +205,7 @@ def test_some_layers_keep_their_input_and_the_others_everything(family: str, rec
     assert predicted(layout, shape, lora) - casts == pytest.approx(saved, rel=0.045)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("arithmetic", ["16bit", "fp8", "int8"])
 @pytest.mark.parametrize("activations", ["keep", "keep8", "recompute"])
 def test_a_fused_layer_keeps_what_the_plan_says(kind: str, arithmetic: Any, activations: Any) -> None:

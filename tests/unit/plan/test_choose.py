@@ -105,7 +105,8 @@ def test_activations_are_kept_where_there_is_room() -> None:
 
 def test_no_more_layers_are_computed_again_than_it_takes() -> None:
     def made_with(**limits: Any) -> Plan:
-        return plan("stabilityai/japanese-stablelm-base-gamma-7b", ONE, limits=limits)
+        plain = {"arithmetic": "plain"}
+        return plan("stabilityai/japanese-stablelm-base-gamma-7b", ONE, limits=limits, train=plain)
 
     made, all_of_them = made_with(), made_with(checkpointing=True)
     tokens, count = made.layout.micro_batch_tokens, made.layout.recomputed
@@ -175,7 +176,8 @@ def test_frozen_products_are_in_8_bits_where_layers_are_known_and_the_card_can()
     assert arithmetic(gpus="T4") == "plain"
     assert arithmetic("HuggingFaceTB/SmolLM2-135M", gpus="H100", method="full") == "plain"
     assert arithmetic(lora={"dropout": 0.1}) == "plain"
-    assert arithmetic("google/gemma-2-2b") == "plain"
+    assert [arithmetic(f"google/gemma-{name}") for name in ("2-2b", "3-1b-pt")] == ["int8", "int8"]
+    assert arithmetic("rinna/japanese-gpt-neox-3.6b") == "plain"
     assert arithmetic(train={"arithmetic": "16bit"}) == "16bit"
 
 

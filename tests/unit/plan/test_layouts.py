@@ -84,7 +84,7 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     (FULL | {"arithmetic": "int8"}, {}, A5000, "frozen weights", {}),
     ({"arithmetic": "int8", "strategy": "fsdp", "devices": 2}, {}, A5000, "whole", {}),
     ({"arithmetic": "int8"}, {"lora": {"dora": True}}, A5000, "plain LoRA", {}),
-    ({"arithmetic": "int8"}, {}, A5000, "none that", {"shape": replace(LLAMA, family="gemma2")}),
+    ({"arithmetic": "int8"}, {}, A5000, "none that", {"shape": replace(LLAMA, family="olmo2")}),
     ({"arithmetic": "fp8"}, {}, A5000, "8.9", {}),
     (GRAPHS | {"device": "cpu", "precision": "fp32"}, {}, None, "need a GPU", {}),
     (GRAPHS | {"arithmetic": "plain"}, {}, A5000, "model's own code", {}),

@@ -175,7 +175,7 @@ def _plain_arithmetic(f: Facts) -> Finding | None:
 
 def _slow_attention(f: Facts) -> Finding | None:
     kernel = f.today.recipe.model.attention
-    if kernel not in ("eager", "sdpa") or not f.today.shape.plain_causal:
+    if kernel not in ("eager", "sdpa") or not f.today.shape.packed_causal:
         return None
     return Finding(
         "attention",
