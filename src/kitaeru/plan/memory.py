@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from kitaeru.i18n import N_
-from kitaeru.plan import fused
+from kitaeru.plan import fused, rounded
 from kitaeru.plan.activations import (
     activation_bytes,
     cast_bytes,
@@ -54,7 +54,7 @@ CUBLAS_BYTES = 2 * (32 << 20)
 ITEMS: dict[str, str] = {
     "weights": N_("the weights as they are stored"),
     "quantization": N_("scales of the quantised weights"),
-    "weight_casts": N_("16-bit copies of trained weights, used in this step"),
+    "weight_casts": N_("copies of trained weights in 16 or 8 bits, used in this step"),
     "adapter": N_("the adapter, in 32 bits"),
     "gradients": N_("gradients of what is trained, in 32 bits"),
     "optimizer": N_("the optimizer's moments"),
@@ -161,7 +161,8 @@ def _layer_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> in
     if c == 4:
         return int(tokens * (8 * f + 4 * h) + unpacked + (8 * wide if whole else dora))
     if whole:
-        return max(tokens * (4 * f + 4 * h) + 4 * wide, tokens * (2 * f + 6 * h) + 6 * wide)
+        more = rounded.passing_bytes(layout, shape)
+        return more + max(tokens * (4 * f + 4 * h) + 4 * wide, tokens * (2 * f + 6 * h) + 6 * wide)
     held = tokens * (6 * f + (10 if layout.again(shape.layers) else 14) * h)
     if layout.base != "none" and layout.device == "cuda":
         held = tokens * (4 * f + 2 * h)
@@ -293,6 +294,8 @@ def moments(
         {"gradients": gradients, "head": table},
         {"gradients": gradients, "workspace": _step_workspace(layout, shape, setting)},
     ]
+    if rounded.holds_rounded(layout):  # until they are made anew
+        passing = [{**moment, "weight_casts": casts} for moment in passing]
     if not layout.graphs:
         return passing
     # Graphs are captured by one thread, on a stream of their own.

@@ -1,0 +1,92 @@
+"""What products of trained weights in 8 bits cost (`model.rounded`): full training whose `Layout.arithmetic` is `fp8` or
+`int8`. Of a linear layer's three products two are in 8 bits; layers run as their authors wrote them.
+"""
+
+from __future__ import annotations
+
+from kitaeru.plan.stored import compute_bytes, residual_bytes, trains_all, trains_from_ram
+from kitaeru.plan.types import Layout
+from kitaeru.shape import Linear, ModelShape
+
+# Strategies that are known to train so: their devices go through all layers.
+STRATEGIES = ("single", "ddp", "fsdp")
+# Bytes moved to round a weight in 32 bits for the forward pass (read, written), and for the backward pass, where it is
+# turned over in 16 bits first.
+ROUND_FORWARD, ROUND_BACKWARD = 4 + 1, 4 + 2 + 2 + 1
+
+
+def is_rounded(layout: Layout) -> bool:
+    """Whether products of trained weights are computed in 8 bits."""
+    return layout.in_8_bits and trains_all(layout)
+
+
+def holds_rounded(layout: Layout) -> bool:
+    """Whether rounded weights are held from one optimizer step to the next, for both passes: where weights lie whole on
+    the device. What gathers a layer for a while rounds it each time instead.
+    """
+    return is_rounded(layout) and layout.strategy in ("single", "ddp") and not trains_from_ram(layout)
+
+
+def held_bytes(shape: ModelShape) -> int:
+    """Bytes of all rounded weights, W and W^T, with their scales.
+
+    >>> llama = ModelShape("llama", 2048, 8192, 16, 32, 8, 64, 128256)
+    >>> held_bytes(llama) / llama.linear_parameters()
+    2.003...
+    """
+    return sum(linear.count * (2 * linear.weights + 4 * (linear.inputs + linear.outputs)) for linear in shape.linears())
+
+
+def passing_bytes(layout: Layout, shape: ModelShape) -> int:
+    """What a layer's backward pass holds beside what it would in 16 bits: a gradient in 8 bits, and a weight turned
+    over, in 16 bits and in 8, while it is rounded.
+    """
+    if not is_rounded(layout):
+        return 0
+    widest = max(linear.weights for linear in shape.linears())
+    return layout.micro_batch_tokens * shape.intermediate + (compute_bytes(layout) + 1) * widest
+
+
+def rounding_bytes(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
+    """Bytes moved to round one layer's weights for a pass of a micro-batch; 0 where they are held."""
+    if not is_rounded(layout) or holds_rounded(layout):
+        return 0.0
+    return (ROUND_FORWARD if forward else ROUND_BACKWARD) * shape.linear_parameters() / shape.layers
+
+
+def rounding_step_bytes(layout: Layout, shape: ModelShape) -> float:
+    """Bytes moved once a step to round all weights that are held."""
+    return (ROUND_FORWARD + ROUND_BACKWARD) * shape.linear_parameters() if holds_rounded(layout) else 0.0
+
+
+def row_bytes(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
+    """Bytes moved for one token in one layer to cast and round what its linear layers read, once for all that read it;
+    and on the way back to round each one's gradient, to add up those of what they read, and to cast the sum.
+    """
+    c, r, linears = compute_bytes(layout), residual_bytes(layout), shape.linears()
+    cast = r + c if r != c else 0
+    readers = first_readers(linears)
+    inputs = sum(linear.count * linear.inputs for linear in readers) / shape.layers
+    if forward:
+        return (cast + c + 1) * inputs
+    outputs = sum(linear.count * linear.outputs for linear in linears) / shape.layers
+    every = sum(linear.count * linear.inputs for linear in linears) / shape.layers
+    return (c + 1) * outputs + cast * inputs + 3 * c * (every - inputs)
+
+
+def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
+    """FLOP in 16 bits that turn one layer's rows for INT8 (`fused.turning_flops`): what is read, and each gradient."""
+    if layout.arithmetic != "int8":
+        return 0.0
+    linears = shape.linears()
+    found = [linear.count * linear.inputs for linear in first_readers(linears)]
+    rows = found if forward else [linear.count * linear.outputs for linear in linears]
+    return 64.0 * layout.micro_batch_tokens * sum(rows) / shape.layers
+
+
+def first_readers(linears: tuple[Linear, ...]) -> list[Linear]:
+    """One linear layer for each tensor read."""
+    first: dict[tuple[str, int], Linear] = {}
+    for linear in linears:
+        first.setdefault((linear.reads, linear.inputs), linear)
+    return list(first.values())
