@@ -150,6 +150,8 @@ def test_only_what_the_table_names_is_built() -> None:
 @pytest.mark.parametrize("changes", [{}, {"method": "qlora", "base": "nf4"}, {"method": "full"}, {"base": "int8"},
     {"method": "full", "variant": "offload", "activations": "recompute"},
     {"strategy": "tensor", "devices": 2}, {"strategy": "zero3", "devices": 2},
+    FULL | {"arithmetic": "int8"}, FULL | {"arithmetic": "int8", "strategy": "fsdp", "devices": 2},
+    FULL | {"arithmetic": "int8", "variant": "offload", "activations": "recompute"},
     GRAPHS | {"activations": "keep8"}, GRAPHS | {"activations": "recompute"},
     GRAPHS | {"strategy": "ddp", "devices": 2, "recomputed": 3},
     {"strategy": "zero2", "devices": 2, "base": "nf4"},
