@@ -299,7 +299,7 @@ def seed_layers(trainee: Trainee) -> None:
 def fuse_layers(trainee: Trainee) -> None:
     """Make every layer one operation, where the plan says so and they turn out to be what kitaeru thinks."""
     layout = trainee.plan.layout
-    if not is_fused(layout):
+    if layout.arithmetic == "plain" or not is_fused(layout):
         return
     model = trainee.causal_lm
     batch = _probe(trainee, (64, 64))
@@ -327,11 +327,11 @@ def fuse_layers(trainee: Trainee) -> None:
 def round_trained_products(trainee: Trainee) -> None:
     """Compute the layers' trained products in 8 bits, where the plan says so."""
     layout = trainee.plan.layout
-    if not is_rounded(layout):
+    if layout.arithmetic == "plain" or not is_rounded(layout):
         return
-    kind, compute = layout.arithmetic, DTYPES[layout.precision]
-    assert kind != "plain"
-    trainee.rounded = round_products(trainee.causal_lm, kind, compute, holds=holds_rounded(layout))
+    trainee.rounded = round_products(
+        trainee.causal_lm, layout.arithmetic, DTYPES[layout.precision], holds=holds_rounded(layout)
+    )
     if not trainee.rounded:
         why = tr("No linear layer of this model can be computed in 8 bits: all are in 16, slower than planned.")
         trainee.say(why, "warning")

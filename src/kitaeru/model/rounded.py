@@ -67,7 +67,8 @@ class RoundedSite:
             _, read, rows, left = known
         else:
             read, left = x.to(self.compute), len(self.modules)
-            rows = round_rows(_flat(read.detach()), storage(self.arithmetic, self.compute))
+            with torch.autocast(x.device.type, enabled=False):
+                rows = round_rows(_flat(read.detach()), storage(self.arithmetic, self.compute))
         if left > 1:
             self._read = (weakref.ref(x), read, rows, left - 1)
         return read, rows
@@ -176,4 +177,4 @@ def _install(layer: RoundedLayer, site: RoundedSite, number: int, module: nn.Lin
             return F.linear(x, module.weight, module.bias)
         return site(number, x)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.__dict__["forward"] = forward

@@ -1,7 +1,7 @@
 """What the fused layer keeps, holds and does: the counterpart in numbers of `model.fused`.
 
-`Layout.arithmetic` is "plain" where layers run as their authors wrote them. Else, under an adapter, the frozen products are computed in
-16 bits, FP8 or INT8 by one operation a layer, which keeps exactly what its backward pass needs.
+`Layout.arithmetic` is "plain" where layers run as their authors wrote them. Else, under an adapter, the frozen products
+are computed in 16 bits, FP8 or INT8 by one operation a layer, which keeps exactly what its backward pass needs.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ def _why_micro(problem: Problem, chosen: Candidate) -> str:
 def _arithmetic_sentences(layout: Layout) -> Iterator[str]:
     if layout.in_8_bits and trains_all(layout):
         yield tr(
-            "Trained weights are multiplied in {kind}, forward and for the gradients of what goes in; their own gradients "
-            "are computed in 16 bits, as everything is with --set train.arithmetic=auto.",
+            "Trained weights are multiplied in {kind}, forward and back; their own gradients are computed in 16 bits, "
+            "as everything is with --set train.arithmetic=auto.",
             kind=layout.arithmetic.upper(),
         )
     elif layout.in_8_bits:
@@ -146,8 +146,8 @@ def _why_arithmetic(problem: Problem, layout: Layout) -> str:
     reason = illegal(replace(layout, arithmetic="int8"), problem.recipe, problem.device, problem.shape)
     if reason is None and trains_all(layout) and layout.device == "cuda":
         return tr(
-            "Where every weight is trained, 8 bits are taken only when asked for: --set train.arithmetic=fp8 (int8 below "
-            "compute capability 9.0)."
+            "Where every weight is trained, 8 bits are taken only when asked for: --set train.arithmetic=fp8 (int8 "
+            "below compute capability 9.0)."
         )
     return reason or tr("The model's own code; fused kernels are for GPUs.")
 

@@ -1,5 +1,6 @@
-"""What products of trained weights in 8 bits cost (`model.rounded`): full training whose `Layout.arithmetic` is `fp8` or
-`int8`. Of a linear layer's three products two are in 8 bits; layers run as their authors wrote them.
+"""What products of trained weights in 8 bits cost (`model.rounded`): full training whose arithmetic is `fp8` or `int8`.
+
+Of a linear layer's three products two are in 8 bits; apart from that layers run as their authors wrote them.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def held_bytes(shape: ModelShape) -> int:
     """Bytes of all rounded weights, W and W^T, with their scales.
 
     >>> llama = ModelShape("llama", 2048, 8192, 16, 32, 8, 64, 128256)
-    >>> held_bytes(llama) / llama.linear_parameters()
-    2.003...
+    >>> round(held_bytes(llama) / llama.linear_parameters(), 3)
+    2.003
     """
     return sum(linear.count * (2 * linear.weights + 4 * (linear.inputs + linear.outputs)) for linear in shape.linears())
 
