@@ -11,9 +11,6 @@ from kitaeru.shape import Linear, ModelShape
 
 # Strategies that are known to train so: their devices go through all layers.
 STRATEGIES = ("single", "ddp", "fsdp")
-# Bytes moved to round a weight in 32 bits for the forward pass (read, written), and for the backward pass, where it is
-# turned over in 16 bits first.
-ROUND_FORWARD, ROUND_BACKWARD = 4 + 1, 4 + 2 + 2 + 1
 
 
 def is_rounded(layout: Layout) -> bool:
@@ -52,12 +49,20 @@ def rounding_bytes(layout: Layout, shape: ModelShape, *, forward: bool) -> float
     """Bytes moved to round one layer's weights for a pass of a micro-batch; 0 where they are held."""
     if not is_rounded(layout) or holds_rounded(layout):
         return 0.0
-    return (ROUND_FORWARD if forward else ROUND_BACKWARD) * shape.linear_parameters() / shape.layers
+    return _moved(layout, forward=forward) * shape.linear_parameters() / shape.layers
 
 
 def rounding_step_bytes(layout: Layout, shape: ModelShape) -> float:
     """Bytes moved once a step to round all weights that are held."""
-    return (ROUND_FORWARD + ROUND_BACKWARD) * shape.linear_parameters() if holds_rounded(layout) else 0.0
+    if not holds_rounded(layout):
+        return 0.0
+    return sum(_moved(layout, forward=forward) for forward in (True, False)) * float(shape.linear_parameters())
+
+
+def _moved(layout: Layout, *, forward: bool) -> int:
+    """Bytes moved to round one weight: read and written; for the backward pass turned over in 16 bits before."""
+    here = compute_bytes(layout) if trains_from_ram(layout) else 4
+    return here + 1 if forward else here + 2 * compute_bytes(layout) + 1
 
 
 def row_bytes(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
