@@ -47,7 +47,7 @@ from kitaeru.plan.fused import is_fused
 from kitaeru.plan.host import HOST_ITEMS
 from kitaeru.plan.layouts import DISK, ZERO
 from kitaeru.plan.memory import CPU_PROCESS_BYTES, GPU_PROCESS_HOST_BYTES
-from kitaeru.plan.rounded import holds_rounded, is_rounded
+from kitaeru.plan.rounded import is_rounded
 from kitaeru.plan.stored import trains_from_ram
 from kitaeru.plan.types import Plan
 
@@ -329,9 +329,7 @@ def round_trained_products(trainee: Trainee) -> None:
     layout = trainee.plan.layout
     if layout.arithmetic == "plain" or not is_rounded(layout):
         return
-    trainee.rounded = round_products(
-        trainee.causal_lm, layout.arithmetic, DTYPES[layout.precision], holds=holds_rounded(layout)
-    )
+    trainee.rounded = round_products(trainee.causal_lm, layout.arithmetic, DTYPES[layout.precision])
     if not trainee.rounded:
         why = tr("No linear layer of this model can be computed in 8 bits: all are in 16, slower than planned.")
         trainee.say(why, "warning")

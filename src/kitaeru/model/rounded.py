@@ -3,15 +3,16 @@
     y = x W^T    dx = dy W    FP8 or INT8, a scale for each row of both sides (kernels.rows)
     dW = dy^T x               16 bits, as it always is: x and dy as they come
 
-Weights, gradients and moments stay what they are. W is rounded anew whenever it has changed, W for the forward pass and
-W^T for the backward pass. x stays in 16 bits for dW, once for all layers that read it, which also round it once.
+Weights, gradients and moments stay what they are. A weight is rounded for the time of one product, W in the forward
+pass and W^T in the backward pass, wherever a strategy has put it by then. x stays in 16 bits for dW, once for all layers
+that read it, which also round it once (docs/notes/0024).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from kitaeru.kernels.rows import Arithmetic, Rows, round_rows, storage
 from kitaeru.kernels.turned import TURN
 from kitaeru.model.layers import layers_of
 from kitaeru.model.load import config_dict
-from kitaeru.model.site import steps
 from kitaeru.shape import ModelShape, Reads
 
 # The names of `FusedLayer`'s sites, by what the linear layers of each read.
@@ -35,29 +35,24 @@ SIDES: dict[Arithmetic, int] = {"16bit": 1, "fp8": 16, "int8": TURN}
 
 @dataclass
 class RoundedSite:
-    """Trained linear layers that read the same tensor; in 16 bits if a side of one has an odd number for 8.
-
-    `compute`: the width of what goes in and comes out; `holds`: rounded weights are held until the optimizer's next
-    step, 2 bytes a weight, instead of for one product.
+    """Trained linear layers that read the same tensor; in 16 bits if a side of one has an odd number for 8. `compute`:
+    the width of what goes in and comes out.
     """
 
     modules: tuple[nn.Linear, ...]
     arithmetic: Arithmetic
     compute: torch.dtype
-    holds: bool
     _read: tuple[weakref.ref[Tensor], Tensor, Rows, int] | None = None
-    _held: dict[tuple[int, bool], tuple[tuple[int, int], Rows]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sides = [side for module in self.modules for side in (module.in_features, module.out_features)]
         if any(side % SIDES[self.arithmetic] for side in sides):
             self.arithmetic = "16bit"
 
-    def __call__(self, number: int, x: Tensor) -> Tensor:
-        """The result [..., N] of linear layer `number` for x [..., K]."""
-        module = self.modules[number]
+    def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
+        """The result [..., N] of one of the linear layers for x [..., K]."""
         read, rows = self._rounded(x)
-        y: Tensor = _Linear.apply(read, module.weight, rows, self, number)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(read, module.weight, rows, self)  # type: ignore[no-untyped-call]
         return y if module.bias is None else y + module.bias.to(y.dtype)
 
     def _rounded(self, x: Tensor) -> tuple[Tensor, Rows]:
@@ -68,44 +63,32 @@ class RoundedSite:
         else:
             read, left = x.to(self.compute), len(self.modules)
             with torch.autocast(x.device.type, enabled=False):
-                rows = round_rows(_flat(read.detach()), storage(self.arithmetic, self.compute))
+                rows = self.rounded(_flat(read.detach()))
         if left > 1:
             self._read = (weakref.ref(x), read, rows, left - 1)
         return read, rows
 
-    def weight(self, number: int, weight: Tensor, *, transposed: bool) -> Rows:
-        """W [N, K] of linear layer `number` in 8 bits, or W^T."""
-        if not self.holds:
-            return self._round(weight, transposed)
-        key, now = (number, transposed), (steps(), weight._version)
-        if key not in self._held or self._held[key][0] != now:
-            self._held.pop(key, None)  # before there is another one
-            self._held[key] = now, self._round(weight, transposed)
-        return self._held[key][1]
-
-    def _round(self, weight: Tensor, transposed: bool) -> Rows:
-        values = weight.detach()
-        if transposed:
-            values = torch.empty(values.shape[::-1], dtype=self.compute, device=values.device).copy_(values.t())
+    def rounded(self, values: Tensor) -> Rows:
+        """Values [T, K] in 8 bits."""
         return round_rows(values, storage(self.arithmetic, self.compute))
-
-    def widen(self) -> None:
-        """Compute in 16 bits from now on."""
-        self.arithmetic = "16bit"
-        self._held.clear()
 
 
 def _flat(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]).contiguous()
 
 
+def _turned_over(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """W^T [K, N] of its own, cast on the way."""
+    return torch.empty(weight.shape[::-1], dtype=dtype, device=weight.device).copy_(weight.t())
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: Rows, site: RoundedSite, number: int) -> Tensor:
-        ctx.site, ctx.number = site, number
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: Rows, site: RoundedSite) -> Tensor:
+        ctx.site = site
         ctx.save_for_backward(x, weight)
         with torch.autocast(x.device.type, enabled=False):
-            w = site.weight(number, weight, transposed=False)
+            w = site.rounded(weight)
             return product(rows, w.data, w.scale, site.compute).view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -115,12 +98,11 @@ class _Linear(torch.autograd.Function):
         dy, dx, dw = _flat(upstream[0]), None, None
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                rows = round_rows(dy, storage(site.arithmetic, site.compute))
-                w = site.weight(ctx.number, weight, transposed=True)
+                rows, w = site.rounded(dy), site.rounded(_turned_over(weight, site.compute))
                 dx = product(rows, w.data, w.scale, site.compute).view(x.shape)
             if ctx.needs_input_grad[1]:
                 dw = (dy.t() @ _flat(x)).to(weight.dtype)
-        return dx, dw, None, None, None
+        return dx, dw, None, None
 
 
 @dataclass
@@ -138,12 +120,10 @@ class RoundedLayer:
     def widen(self, site: str) -> None:
         """Compute one of "qkv", "out", "both" and "down" in 16 bits from now on."""
         if site in self.sites:
-            self.sites[site].widen()
+            self.sites[site].arithmetic = "16bit"
 
 
-def round_products(
-    model: PreTrainedModel, arithmetic: Arithmetic, compute: torch.dtype, *, holds: bool
-) -> tuple[RoundedLayer, ...]:
+def round_products(model: PreTrainedModel, arithmetic: Arithmetic, compute: torch.dtype) -> tuple[RoundedLayer, ...]:
     """Let the trained linear layers of the decoder's layers compute in 8 bits; none if there are none that are known.
 
     Only modules that are torch's own `nn.Linear` are taken, on their instances: what they compute is known. Each is
@@ -157,11 +137,11 @@ def round_products(
         for name, module in _linears(layer):
             if name in names:
                 members.setdefault(names[name], []).append(module)
-        sites = {name: RoundedSite(tuple(each), arithmetic, compute, holds) for name, each in members.items()}
+        sites = {name: RoundedSite(tuple(each), arithmetic, compute) for name, each in members.items()}
         layers.append(RoundedLayer(sites))
         for site in sites.values():
-            for number, module in enumerate(site.modules):
-                _install(layers[-1], site, number, module)
+            for module in site.modules:
+                _install(layers[-1], site, module)
     return tuple(layer for layer in layers if layer.in_8_bits)
 
 
@@ -171,10 +151,10 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield path.rpartition(".")[2], module
 
 
-def _install(layer: RoundedLayer, site: RoundedSite, number: int, module: nn.Linear) -> None:
+def _install(layer: RoundedLayer, site: RoundedSite, module: nn.Linear) -> None:
     def forward(x: Tensor) -> Tensor:
         if not layer.on or site.arithmetic == "16bit":
             return F.linear(x, module.weight, module.bias)
-        return site(number, x)
+        return site(module, x)
 
     module.__dict__["forward"] = forward

@@ -37,11 +37,6 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def steps() -> int:
-    """Optimizer steps of this process so far."""
-    return _steps
-
-
 def refresh() -> None:
     """Let every site copy its adapters when they are next asked for."""
     _count_step()

@@ -163,13 +163,11 @@ def kept_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
 @lru_cache(maxsize=1024)
 def cast_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """16-bit copies of linear layers' trained 32-bit weights, which autocast makes and keeps in a forward pass; those
-    of packed experts' adapters are made for each pass and let go. In 8 bits, what is held from step to step.
+    of packed experts' adapters are made for each pass and let go, as those in 8 bits are.
     """
     if fused.is_fused(layout):
         return fused.held_always(layout, shape, lora)[1]
-    if rounded.is_rounded(layout):
-        return rounded.held_bytes(shape) if rounded.holds_rounded(layout) else 0
-    if compute_bytes(layout) == 4:
+    if compute_bytes(layout) == 4 or rounded.is_rounded(layout):
         return 0
     if trains_all(layout):
         return 2 * shape.linear_parameters()

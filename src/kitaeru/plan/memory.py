@@ -54,7 +54,7 @@ CUBLAS_BYTES = 2 * (32 << 20)
 ITEMS: dict[str, str] = {
     "weights": N_("the weights as they are stored"),
     "quantization": N_("scales of the quantised weights"),
-    "weight_casts": N_("copies of trained weights in 16 or 8 bits, used in this step"),
+    "weight_casts": N_("16-bit copies of trained weights, used in this step"),
     "adapter": N_("the adapter, in 32 bits"),
     "gradients": N_("gradients of what is trained, in 32 bits"),
     "optimizer": N_("the optimizer's moments"),
@@ -294,8 +294,6 @@ def moments(
         {"gradients": gradients, "head": table},
         {"gradients": gradients, "workspace": _step_workspace(layout, shape, setting)},
     ]
-    if rounded.holds_rounded(layout):  # until they are made anew
-        passing = [{**moment, "weight_casts": casts} for moment in passing]
     if not layout.graphs:
         return passing
     # Graphs are captured by one thread, on a stream of their own.

@@ -18,26 +18,9 @@ def is_rounded(layout: Layout) -> bool:
     return layout.in_8_bits and trains_all(layout)
 
 
-def holds_rounded(layout: Layout) -> bool:
-    """Whether rounded weights are held from one optimizer step to the next, for both passes: where weights lie whole on
-    the device. What gathers a layer for a while rounds it each time instead.
-    """
-    return is_rounded(layout) and layout.strategy in ("single", "ddp") and not trains_from_ram(layout)
-
-
-def held_bytes(shape: ModelShape) -> int:
-    """Bytes of all rounded weights, W and W^T, with their scales.
-
-    >>> llama = ModelShape("llama", 2048, 8192, 16, 32, 8, 64, 128256)
-    >>> round(held_bytes(llama) / llama.linear_parameters(), 3)
-    2.003
-    """
-    return sum(linear.count * (2 * linear.weights + 4 * (linear.inputs + linear.outputs)) for linear in shape.linears())
-
-
 def passing_bytes(layout: Layout, shape: ModelShape) -> int:
     """What a layer's backward pass holds beside what it would in 16 bits: a gradient in 8 bits, and a weight turned
-    over, in 16 bits and in 8, while it is rounded.
+    over, in the arithmetic's width and in 8 bits, while it is rounded.
     """
     if not is_rounded(layout):
         return 0
@@ -46,23 +29,12 @@ def passing_bytes(layout: Layout, shape: ModelShape) -> int:
 
 
 def rounding_bytes(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
-    """Bytes moved to round one layer's weights for a pass of a micro-batch; 0 where they are held."""
-    if not is_rounded(layout) or holds_rounded(layout):
-        return 0.0
-    return _moved(layout, forward=forward) * shape.linear_parameters() / shape.layers
-
-
-def rounding_step_bytes(layout: Layout, shape: ModelShape) -> float:
-    """Bytes moved once a step to round all weights that are held."""
-    if not holds_rounded(layout):
-        return 0.0
-    return sum(_moved(layout, forward=forward) for forward in (True, False)) * float(shape.linear_parameters())
-
-
-def _moved(layout: Layout, *, forward: bool) -> int:
-    """Bytes moved to round one weight: read and written; for the backward pass turned over in 16 bits before."""
+    """Bytes moved to round one layer's weights for a pass of a micro-batch: read and written; for the backward pass
+    turned over in the arithmetic's width before.
+    """
     here = compute_bytes(layout) if trains_from_ram(layout) else 4
-    return here + 1 if forward else here + 2 * compute_bytes(layout) + 1
+    a_weight = here + 1 if forward else here + 2 * compute_bytes(layout) + 1
+    return a_weight * shape.linear_parameters() / shape.layers
 
 
 def row_bytes(layout: Layout, shape: ModelShape, *, forward: bool) -> float:

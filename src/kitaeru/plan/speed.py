@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from kitaeru.hardware import Device, Hardware
 from kitaeru.i18n import N_
-from kitaeru.plan import fused, rounded
+from kitaeru.plan import fused
 from kitaeru.plan.activations import offloaded_bytes
 from kitaeru.plan.calibrate import AttentionKind, Profile
 from kitaeru.plan.from_ram import Traffic, layer_seconds, step_seconds
@@ -362,7 +362,7 @@ def _end_of_step(
         return {"offload": moved / rates.host_memory + updated}, {}
     adapter_on_all = layout.strategy == "ddp" or (layout.strategy == "fsdp" and not trains_all(layout))
     shared = layout.shared_by if layout.strategy in ("fsdp", *ZERO) and not adapter_on_all else 1
-    ending = {"optimizer": (moved / shared + rounded.rounding_step_bytes(layout, shape)) / rates.stream}
+    ending = {"optimizer": moved / shared / rates.stream}
     if adapter_on_all:
         behind = 0.0 if layout.graphs else 0.5 * micro  # a graph is waited for as a whole
         return ending, {"communication": _hidden(_all_reduce(layout, at, 4 * trained), behind)}
