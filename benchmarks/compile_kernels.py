@@ -99,13 +99,13 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
              **dict.fromkeys(("outputs", "outputs_1", "outputs_2", "out_stride", "inputs", "done", "adapter_row",
                               "adapter_rank", "width", "rank", "extra"), "i32"), "out": kind, "adapter": short},
             {"KIND": 2, "NESTED": True, "SCALED": True, "INT8": int8, "FP8": not int8, "TRANSPOSED": turned,
-             "WEIGHTS": 3, "ROWS": 128 if turned or int8 else 64, "BESIDE": not int8}, {"num_warps": 4},
+             "WEIGHTS": 3, "ROWS": 256 if turned and not int8 else 128, "BESIDE": not int8}, {"num_warps": 4},
         )  # fmt: skip
     yield (
         "project", adapter._project,
-        {"x": kind, "scale": single, "p": kind, "p_scale": single, "out": short,
-         **dict.fromkeys(("x_stride", "tokens", "width", "rank", "extra"), "i32")},
-        {"EIGHT": True, "FP8": not int8, "ROWS": 64, "COLUMNS": 256 if sm >= 90 else 128, "RANK": 64,
+        {"x": kind, "scale": single, "p": kind, "p_scale": single, "out": short, "sums": single, "done": "*i32",
+         **dict.fromkeys(("x_stride", "tokens", "width", "rank", "extra", "each", "parts"), "i32")},
+        {"EIGHT": True, "FP8": not int8, "SPLIT": True, "ROWS": 64, "COLUMNS": 128, "RANK": 64,
          "EXTRA": 0 if int8 else 128},
         {"num_warps": 4, "num_stages": 3},
     )  # fmt: skip
@@ -122,14 +122,16 @@ def sources(eight: str, sm: int) -> Iterator[tuple[str, Any, dict[str, str], dic
         "outer", adapter._outer,
         {"p": short, "x": kind, "scale": single, "out": single,
          **dict.fromkeys(("p_stride", "x_stride", "tokens", "width", "rank", "each", *places), "i32")},
-        {"SCALED": True, "SHARES": 3, "ROWS": 128, "COLUMNS": 128, "RANK": 64}, {"num_warps": 4, "num_stages": 3},
+        {"EIGHT": True, "FP8": not int8, "SHARES": 3, "ROWS": 64, "COLUMNS": adapter.TILE, "RANK": 16},
+        {"num_warps": 4, "num_stages": 2},
     )  # fmt: skip
     yield (
         "add_up", adapter._add_up,
         {"of_a": single, "of_b": single, "out": single,
          **dict.fromkeys(("parts_a", "parts_b", "rank", "width", "rank_b", "width_b", *places[3:]), "i32"),
          **scalings},
-        {"TURNED_A": int8, "TURNED_B": int8, "SHARES": 3, "COLUMNS": 128, "ROWS": 16}, {"num_warps": 4},
+        {"TURNED_A": int8, "TURNED_B": int8, "SHARES": 3, "COLUMNS": adapter.FEW, "ROWS": 16},
+        {"num_warps": 4},
     )  # fmt: skip
     if eight == "int8":
         for number, config in enumerate(product._CONFIGS):

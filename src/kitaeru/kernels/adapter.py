@@ -11,14 +11,18 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from kitaeru.kernels.copies import TILE, Copy, Share, Shares
+from kitaeru.kernels.copies import Copy, Share, Shares
 from kitaeru.kernels.frozen import write_adapter
 from kitaeru.kernels.rows import Rows
 from kitaeru.kernels.triton_or_none import cdiv, launch, power_of_two, tl, triton, use_triton
 
-# Programs that share the sum over tokens, so that the whole device is busy; of rows wider than WIDE more, in smaller
-# tiles (tried on an H100 with 8,192 tokens: 110 microseconds against 78 at 14,336 columns).
-PROGRAMS, WIDE = 264, 8192
+# Programs that share a sum, over tokens for the gradients and over columns for x P^T, so that the whole device is busy:
+# a GPU that has little to read for each of its processors waits for memory.
+PROGRAMS = 264
+# Columns of a program that sums over tokens, and of one that adds such sums up.
+TILE, FEW = 256, 64
+# Row blocks whose programs can count who is done, of x P^T; with more there is enough to do for each.
+COUNTERS = 4096
 
 
 def project_reference(x: Rows, p: Copy) -> Tensor:
@@ -37,21 +41,26 @@ def project(x: Rows, p: Copy) -> Tensor:
     wide, eight = p.wide, x.scale is not None
     tokens, rank, extra = len(x.data), len(wide), x.data.shape[1] - x.width
     out = torch.empty((tokens, rank), dtype=wide.dtype, device=wide.device)
-    block = 64 if tokens >= 4096 else 16
+    block, columns = 64 if tokens >= 4096 else 16, 128
+    blocks, padded = cdiv(tokens, block), power_of_two(max(rank, 16))
+    parts = 1 if blocks > COUNTERS else max(1, min(PROGRAMS // blocks, x.width // (4 * columns)))
+    each = cdiv(cdiv(x.width, columns), parts) * columns
+    parts = cdiv(x.width, each)
+    sums = torch.empty((parts, tokens, padded), dtype=torch.float32, device=wide.device) if parts > 1 else None
     launch(
-        _project, (cdiv(tokens, block),),
-        x.data, x.scale, p.digits if eight else wide, p.scale, out, x.data.stride(0), tokens, x.width, rank, extra,
-        EIGHT=eight, FP8=x.data.dtype == torch.float8_e4m3fn, ROWS=block,
-        COLUMNS=256 if _roomy(wide.device) else 128, RANK=power_of_two(max(rank, 16)),
+        _project, (blocks, parts),
+        x.data, x.scale, p.digits if eight else wide, p.scale, out, sums, _counters(wide.device), x.data.stride(0),
+        tokens, x.width, rank, extra, each, parts,
+        EIGHT=eight, FP8=x.data.dtype == torch.float8_e4m3fn, SPLIT=parts > 1, ROWS=block, COLUMNS=columns, RANK=padded,
         EXTRA=power_of_two(extra) if extra else 0, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 
 
 @cache
-def _roomy(device: torch.device) -> bool:
-    """Whether wide tiles leave shared memory for more than one program: on an H100, not on an RTX A5000."""
-    return bool(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor > 200_000)
+def _counters(device: torch.device) -> Tensor:
+    """How many programs of each block of rows are done: 0 between kernels."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 def gradients_reference(x: Rows, thin: Tensor, dthin: Tensor, dy: Rows, shares: Shares) -> list[tuple[Tensor, Tensor]]:
@@ -81,10 +90,10 @@ def gradients(x: Rows, thin: Tensor, dthin: Tensor, dy: Rows, shares: Shares) ->
     sizes = [rank * width, *[s.outputs * s.rank for s in shares.each]]
     whole = torch.empty(sum(sizes), dtype=torch.float32, device=thin.device)
     launch(
-        _add_up, (cdiv(width, TILE) + shares.tiles, cdiv(rank, 16)),
+        _add_up, (cdiv(width, FEW) + shares.tiles(FEW), cdiv(rank, 16)),
         of_a, of_b, whole, of_a.shape[0], of_b.shape[0], rank, width, of_b.shape[1], dy.width,
         *shares.arguments[3:], *shares.scalings,
-        TURNED_A=x.turned, TURNED_B=dy.turned, SHARES=len(shares.each), COLUMNS=TILE, ROWS=16, num_warps=4,
+        TURNED_A=x.turned, TURNED_B=dy.turned, SHARES=len(shares.each), COLUMNS=FEW, ROWS=16, num_warps=4,
     )  # fmt: skip
     first, *rest = whole.split(sizes)
     downs = first.view(rank, width).split([s.rank for s in shares.each])
@@ -101,16 +110,15 @@ def _outer_parts(p: Tensor, x: Rows, shares: Shares) -> Tensor:
     """p^T x [parts, r, K], r the largest rank: of each share's columns of x with its own columns of p, summed over some
     of the tokens each; turned as x is.
     """
-    tokens, wide = p.shape[0], x.width > WIDE
-    block = 128 if x.scale is not None and not wide else 64
-    parts = max(1, min(cdiv(PROGRAMS * (4 if wide else 1), shares.tiles), cdiv(tokens, 4 * block)))
+    tokens, tiles, eight, block = p.shape[0], shares.tiles(TILE), x.scale is not None, 64
+    parts = max(1, min(cdiv(PROGRAMS, tiles), cdiv(tokens, 4 * block)))
     each = cdiv(cdiv(tokens, block), parts) * block
     out = torch.empty((parts, shares.largest, x.width), dtype=torch.float32, device=p.device)
     launch(
-        _outer, (shares.tiles, parts),
+        _outer, (tiles, parts),
         p, x.data, x.scale, out, p.stride(0), x.data.stride(0), tokens, x.width, shares.largest, each,
-        *shares.arguments, SCALED=x.scale is not None, SHARES=len(shares.each), ROWS=block, COLUMNS=TILE,
-        RANK=power_of_two(max(shares.largest, 16)), num_warps=4, num_stages=3,
+        *shares.arguments, EIGHT=eight, FP8=x.data.dtype == torch.float8_e4m3fn, SHARES=len(shares.each), ROWS=block,
+        COLUMNS=TILE, RANK=power_of_two(max(shares.largest, 16)), num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 
@@ -119,13 +127,15 @@ if triton is not None:
     from kitaeru.kernels.frozen import high_part
     from kitaeru.kernels.neighbours import located, picked
     from kitaeru.kernels.turned import turned
+    from kitaeru.kernels.words import parted
 
     @triton.jit
     def _project(  # type: ignore[no-untyped-def]
-        x, scale, p, p_scale, out, x_stride, tokens, width, rank, extra,
-        EIGHT: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
-        EXTRA: tl.constexpr,
+        x, scale, p, p_scale, out, sums, done, x_stride, tokens, width, rank, extra, each, parts,
+        EIGHT: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        RANK: tl.constexpr, EXTRA: tl.constexpr,
     ):  # fmt: skip
+        # Of some rows the sum over some columns; who is the last of these rows adds all up, in their order.
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         at = tl.arange(0, RANK)
         column = tl.arange(0, COLUMNS)
@@ -133,7 +143,8 @@ if triton is not None:
         exact: tl.constexpr = 128 if FP8 else None  # tensor cores of sm_90 add FP8 up in 14 bits: so many, then in 32
         total = tl.zeros([ROWS, RANK], kind)
         rest = tl.zeros([ROWS, RANK], kind)
-        for start in range(0, width, COLUMNS):
+        first = tl.program_id(1) * each
+        for start in range(first, min(first + each, width), COLUMNS):
             k = start + column
             values = tl.load(x + row * x_stride + k[None, :], mask=(row < tokens) & (k[None, :] < width), other=0.0)
             there = (at[:, None] < rank) & (k[None, :] < width)
@@ -144,10 +155,36 @@ if triton is not None:
                 rest = tl.dot(values, tl.trans(second), rest, max_num_imprecise_acc=exact, out_dtype=kind)
         at = at[None, :]
         if EIGHT:
-            by = tl.load(scale + row, mask=row < tokens, other=1.0)
             second_counts: tl.constexpr = 1.0 if FP8 else 1.0 / 254.0
-            total = (total.to(tl.float32) + rest.to(tl.float32) * second_counts) * by
-            total *= tl.load(p_scale + at, mask=at < rank, other=0.0)
+            total = total.to(tl.float32) + rest.to(tl.float32) * second_counts
+        if SPLIT:
+            place = sums + row * RANK + at
+            tl.store(place + tl.program_id(1).to(tl.int64) * tokens * RANK, total, mask=row < tokens)
+            tl.debug_barrier()  # all threads have stored before one of them says so
+            counter = done + tl.program_id(0)
+            if tl.atomic_add(counter, 1) == parts - 1:
+                tl.store(counter, 0)
+                total = tl.zeros([ROWS, RANK], tl.float32)
+                for _ in range(parts):
+                    total += tl.load(place, mask=row < tokens, other=0.0, cache_modifier=".cg")
+                    place += tokens * RANK
+                _write_thin(
+                    total, x, scale, p_scale, out, row, at, x_stride, tokens, width, rank, extra, EIGHT, FP8, ROWS,
+                    EXTRA,
+                )  # fmt: skip
+        else:
+            _write_thin(
+                total, x, scale, p_scale, out, row, at, x_stride, tokens, width, rank, extra, EIGHT, FP8, ROWS, EXTRA
+            )
+
+    @triton.jit
+    def _write_thin(  # type: ignore[no-untyped-def]
+        total, x, scale, p_scale, out, row, at, x_stride, tokens, width, rank, extra,
+        EIGHT: tl.constexpr, FP8: tl.constexpr, ROWS: tl.constexpr, EXTRA: tl.constexpr,
+    ):  # fmt: skip
+        if EIGHT:
+            by = tl.load(scale + row, mask=row < tokens, other=1.0)
+            total *= by * tl.load(p_scale + at, mask=at < rank, other=0.0)
         inside = (row < tokens) & (at < rank)
         thin = total.to(out.dtype.element_ty)
         tl.store(out + row * rank + at, thin, mask=inside)
@@ -167,34 +204,46 @@ if triton is not None:
     def _outer(  # type: ignore[no-untyped-def]
         p, x, scale, out, p_stride, x_stride, tokens, width, rank, each,
         row_0, row_1, row_2, rank_0, rank_1, rank_2, column_0, column_1, column_2, outputs_0, outputs_1, outputs_2,
-        SCALED: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+        EIGHT: tl.constexpr, FP8: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        RANK: tl.constexpr,
     ):  # fmt: skip
+        # Numbers of 8 bits are read in pairs: even columns and odd ones have a sum each.
         number, tile = located(tl.program_id(0), outputs_0, outputs_1, outputs_2, COLUMNS, SHARES)
         skip = picked(number, row_0, row_1, row_2, SHARES)
         own = picked(number, rank_0, rank_1, rank_2, SHARES)
         begin = picked(number, column_0, column_1, column_2, SHARES)
         outputs = picked(number, outputs_0, outputs_1, outputs_2, SHARES)
-        column = tile * COLUMNS + tl.arange(0, COLUMNS)
-        there = column < outputs
-        column += begin
         at = tl.arange(0, RANK)
         first = tl.program_id(1) * each
-        total = tl.zeros([RANK, COLUMNS], tl.float32)
+        size: tl.constexpr = 2 if EIGHT else 1
+        unit = tile * (COLUMNS // size) + tl.arange(0, COLUMNS // size)
+        there = unit < outputs // size
+        unit += begin // size
+        if EIGHT:
+            x = x.to(tl.pointer_type(tl.int16))
+        total = tl.zeros([RANK, COLUMNS // size], tl.float32)
+        odd = total
         for start in range(first, min(first + each, tokens), ROWS):
             row = (start + tl.arange(0, ROWS)).to(tl.int64)
             inside = row < tokens
             left = tl.load(
                 p + row[:, None] * p_stride + skip + at[None, :], mask=inside[:, None] & (at[None, :] < own), other=0
             )
-            if SCALED:
-                by = tl.load(scale + row, mask=inside, other=0)
-                left = (left.to(tl.float32) * by[:, None]).to(p.dtype.element_ty)
             values = tl.load(
-                x + row[:, None] * x_stride + column[None, :],
-                mask=inside[:, None] & there[None, :],
-                other=0.0,
+                x + row[:, None] * (x_stride // size) + unit[None, :], mask=inside[:, None] & there[None, :], other=0
             )
-            total = tl.dot(tl.trans(left), values.to(p.dtype.element_ty), total)
+            if EIGHT:
+                # FP8 comes times 2**-120: 2**100 of it here, where no number is far from 1, and the rest at the end.
+                by = tl.load(scale + row, mask=inside, other=0) * (1.2676506002282294e30 if FP8 else 1.0)
+                left = (left.to(tl.float32) * by[:, None]).to(tl.bfloat16)
+                values, second = parted(values, FP8)
+                odd = tl.dot(tl.trans(left), second, odd)
+            total = tl.dot(tl.trans(left), values.to(left.dtype), total)
+        if EIGHT:
+            total = tl.reshape(tl.join(total, odd), (RANK, COLUMNS)) * (1048576.0 if FP8 else 1.0)
+        column = tile * COLUMNS + tl.arange(0, COLUMNS)
+        there = column < outputs
+        column += begin
         place = (tl.program_id(1) * rank + at[:, None]).to(tl.int64) * width + column[None, :]
         tl.store(out + place, total, mask=(at[:, None] < own) & there[None, :])
 
@@ -231,7 +280,7 @@ if triton is not None:
         mask = (at < own) & (column < outputs)
         place = parts + at * across + begin + column
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for _ in range(count):
+        for _ in tl.range(count, loop_unroll_factor=4):
             total += tl.load(place, mask=mask, other=0.0)
             place += rank * across
         if (TURNED_A or TURNED_B) and turns:

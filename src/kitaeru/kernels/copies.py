@@ -21,7 +21,6 @@ from kitaeru.kernels.rows import FP8_MOST, INT8_TOP, TINY, top, turns
 from kitaeru.kernels.triton_or_none import cdiv, launch, tl, triton, use_triton
 from kitaeru.kernels.turned import turn
 
-TILE = 128  # columns of a program of the gradients
 # What the largest first digit of a row of P is.
 DIGIT_TOP = {torch.float8_e4m3fn: FP8_MOST, torch.int8: INT8_TOP}
 
@@ -55,10 +54,9 @@ class Shares:
         """The largest rank."""
         return max(s.rank for s in self.each)
 
-    @cached_property
-    def tiles(self) -> int:
-        """Programs over all columns of B."""
-        return sum(cdiv(s.outputs, TILE) for s in self.each)
+    def tiles(self, size: int) -> int:
+        """Programs of `size` columns each over all columns of B."""
+        return sum([cdiv(s.outputs, size) for s in self.each])
 
     @cached_property
     def arguments(self) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ if triton is not None:
     from kitaeru.kernels.neighbours import located, picked
     from kitaeru.kernels.rows import store_rounded
     from kitaeru.kernels.turned import turned
+    from kitaeru.kernels.words import crossed, looked_up, scaled_code
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class Scales:
 
 
 def scales_of(weights: Weights, dtype: torch.dtype) -> Scales:
-    """Scales with which the largest value of every row (turned, for INT8) becomes the top of `dtype`.
+    """Scales with which the largest value of every row (turned, for INT8) becomes the top of `dtype`. In FP8 64 rows
+    of W^T, one block of NF4, have one scale: a floating-point format loses nothing by it (see `_expand_words`).
 
     The weights are frozen: once.
     """
@@ -150,7 +152,10 @@ def scales_of(weights: Weights, dtype: torch.dtype) -> Scales:
         values = weight.values()
         for sizes, each in ((rows, values), (columns, values.T)):
             sizes.append((turn(each) if turns(dtype) else each).abs().amax(1))
-    return Scales((torch.cat(rows) / largest).clamp_min(TINY), (torch.stack(columns).amax(0) / largest).clamp_min(TINY))
+    across = torch.stack(columns).amax(0)
+    if dtype == torch.float8_e4m3fn:
+        across = across.view(-1, NF4_BLOCK).amax(1).repeat_interleave(NF4_BLOCK)
+    return Scales((torch.cat(rows) / largest).clamp_min(TINY), (across / largest).clamp_min(TINY))
 
 
 def expand_reference(
@@ -216,7 +221,7 @@ def expand(
     outputs, inputs = weights.shape
     rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
     out = torch.empty((rows, columns + extra), dtype=dtype, device=first.device)
-    at_once = 128 if transposed or dtype == torch.int8 else 64
+    fp8 = dtype == torch.float8_e4m3fn
     further: tuple[Any, ...] = (None, 0, 0, 0)
     if extra:
         assert adapter is not None
@@ -225,14 +230,16 @@ def expand(
     for group in weights.groups:
         # A transposed weight's further columns lie beside all weights: the first group writes them.
         beside = extra > 0 and not (transposed and done)
+        kind, nested = group.members[0].kind, group.members[0].nested
+        at_once = 256 if fp8 and kind == "nf4" and transposed else 128
         tiles, blocks = sum([cdiv(m.outputs, at_once) for m in group.members]), inputs // NF4_BLOCK
         launch(
             _expand, (tiles + (beside and transposed), blocks + (beside and not transposed)),
             *group.arguments, scale, out, out.stride(0), inputs, done,
             *further, columns, extra,
-            KIND={"16bit": 0, "int8": 1, "nf4": 2}[group.members[0].kind], NESTED=group.members[0].nested,
-            SCALED=scale is not None, INT8=dtype == torch.int8, FP8=dtype == torch.float8_e4m3fn,
-            TRANSPOSED=transposed, WEIGHTS=len(group.members), ROWS=at_once, BESIDE=beside, num_warps=4,
+            KIND={"16bit": 0, "int8": 1, "nf4": 2}[kind], NESTED=nested, SCALED=scale is not None,
+            INT8=dtype == torch.int8, FP8=fp8, TRANSPOSED=transposed, WEIGHTS=len(group.members), ROWS=at_once,
+            BESIDE=beside, num_warps=4,
         )  # fmt: skip
         done += group.outputs
     return out
@@ -247,7 +254,8 @@ if triton is not None:
         code, absmax_code, scale, out, out_stride, inputs, done,
         adapter, adapter_row, adapter_rank, rank, width, extra,
         KIND: tl.constexpr, NESTED: tl.constexpr, SCALED: tl.constexpr, INT8: tl.constexpr, FP8: tl.constexpr,
-        TRANSPOSED: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BESIDE: tl.constexpr,
+        TRANSPOSED: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr,
+        BESIDE: tl.constexpr,
     ):  # fmt: skip
         # Each program: a tile of rows of one of the weights, and one block of 64 columns; or further columns.
         tile, block = tl.program_id(0), tl.program_id(1)
@@ -280,16 +288,108 @@ if triton is not None:
             else:
                 _expand_tile(
                     data, absmax, absmax_scale, absmax_offset, code, absmax_code, scale, out, out_stride, outputs,
-                    inputs, done, tile, block, KIND, NESTED, SCALED, INT8, TRANSPOSED, ROWS,
+                    inputs, done, tile, block, KIND, NESTED, SCALED, INT8, FP8, TRANSPOSED, ROWS,
                 )  # fmt: skip
         else:
             _expand_tile(
                 data, absmax, absmax_scale, absmax_offset, code, absmax_code, scale, out, out_stride, outputs,
-                inputs, done, tile, block, KIND, NESTED, SCALED, INT8, TRANSPOSED, ROWS,
+                inputs, done, tile, block, KIND, NESTED, SCALED, INT8, FP8, TRANSPOSED, ROWS,
             )  # fmt: skip
 
     @triton.jit
     def _expand_tile(  # type: ignore[no-untyped-def]
+        data, absmax, absmax_scale, absmax_offset, code, absmax_code, scale, out, out_stride, outputs, inputs, done,
+        tile, block,
+        KIND: tl.constexpr, NESTED: tl.constexpr, SCALED: tl.constexpr, INT8: tl.constexpr, FP8: tl.constexpr,
+        TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        if KIND == 2 and FP8:
+            _expand_words(
+                data, absmax, absmax_scale, absmax_offset, code, absmax_code, scale, out, out_stride, outputs, inputs,
+                done, tile, block, NESTED, TRANSPOSED, ROWS,
+            )  # fmt: skip
+        else:
+            _expand_numbers(
+                data, absmax, absmax_scale, absmax_offset, code, absmax_code, scale, out, out_stride, outputs, inputs,
+                done, tile, block, KIND, NESTED, SCALED, INT8, TRANSPOSED, ROWS,
+            )  # fmt: skip
+
+    @triton.jit
+    def _largest(absmax, absmax_scale, absmax_offset, absmax_code, which, inside, NESTED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The absmax of some blocks of NF4."""
+        if NESTED:
+            number = tl.load(absmax + which, mask=inside, other=0).to(tl.int32)
+            by = tl.load(absmax_code + number) * tl.load(absmax_scale + which // 256, mask=inside, other=0.0)
+            by += absmax_offset
+        else:
+            by = tl.load(absmax + which, mask=inside, other=0.0)
+        return by
+
+    @triton.jit
+    def _words_of(  # type: ignore[no-untyped-def]
+        data, absmax, absmax_scale, absmax_offset, code, absmax_code, which, inside, scale, NESTED: tl.constexpr
+    ):
+        # Some blocks of NF4 as FP8: [blocks, 8] words of the first four values of each 8, and of the other four. A
+        # block has one scale, so all it can hold are 16 numbers: these are rounded, and looked up.
+        by = _largest(absmax, absmax_scale, absmax_offset, absmax_code, which, inside, NESTED) * (1.0 / scale)
+        at = which[:, None] * 8 + tl.arange(0, 8)[None, :]
+        packed = tl.load(data.to(tl.pointer_type(tl.int32)) + at, mask=inside[:, None], other=0)
+        return looked_up(
+            packed, scaled_code(code, 0, by)[:, None], scaled_code(code, 4, by)[:, None],
+            scaled_code(code, 8, by)[:, None], scaled_code(code, 12, by)[:, None],
+        )  # fmt: skip
+
+    @triton.jit
+    def _expand_words(  # type: ignore[no-untyped-def]
+        data, absmax, absmax_scale, absmax_offset, code, absmax_code, scale, out, out_stride, outputs, inputs, done,
+        tile, block, NESTED: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        # NF4 to FP8, four numbers a word.
+        word = out.to(tl.pointer_type(tl.int32))
+        blocks = inputs // 64
+        if TRANSPOSED:
+            row = (tile * ROWS + 4 * tl.arange(0, ROWS // 4)).to(tl.int64)
+            inside = row < outputs
+            by = tl.load(scale + block * 64)
+            which = row * blocks + block
+            a, a_1 = _words_of(data, absmax, absmax_scale, absmax_offset, code, absmax_code, which, inside, by, NESTED)
+            b, b_1 = _words_of(
+                data, absmax, absmax_scale, absmax_offset, code, absmax_code, which + blocks, inside, by, NESTED
+            )
+            c, c_1 = _words_of(
+                data, absmax, absmax_scale, absmax_offset, code, absmax_code, which + 2 * blocks, inside, by, NESTED
+            )
+            d, d_1 = _words_of(
+                data, absmax, absmax_scale, absmax_offset, code, absmax_code, which + 3 * blocks, inside, by, NESTED
+            )
+            column = block * 64 + 8 * tl.arange(0, 8)
+            step = out_stride // 4
+            place = word + column[None, :].to(tl.int64) * step + (done + row[:, None]) // 4
+            for half in tl.static_range(2):
+                if half == 0:
+                    e, f, g, h = crossed(a, b, c, d)
+                else:
+                    e, f, g, h = crossed(a_1, b_1, c_1, d_1)
+                tl.store(place, e, mask=inside[:, None])
+                tl.store(place + step, f, mask=inside[:, None])
+                tl.store(place + 2 * step, g, mask=inside[:, None])
+                tl.store(place + 3 * step, h, mask=inside[:, None])
+                place += out_stride
+        else:
+            # As many programs as if each had ROWS rows of one block; it has ROWS blocks that lie side by side.
+            which = (block * tl.cdiv(outputs, ROWS) + tile) * ROWS + tl.arange(0, ROWS)
+            row = which // blocks
+            inside = row < outputs
+            by = tl.load(scale + done + row, mask=inside, other=1.0)
+            first, second = _words_of(
+                data, absmax, absmax_scale, absmax_offset, code, absmax_code, which.to(tl.int64), inside, by, NESTED
+            )
+            words = tl.reshape(tl.join(first, second), (ROWS, 16))
+            place = word + (done + row).to(tl.int64) * (out_stride // 4) + (which - row * blocks) * 16
+            tl.store(place[:, None] + tl.arange(0, 16)[None, :], words, mask=inside[:, None])
+
+    @triton.jit
+    def _expand_numbers(  # type: ignore[no-untyped-def]
         data, absmax, absmax_scale, absmax_offset, code, absmax_code, scale, out, out_stride, outputs, inputs, done,
         tile, block,
         KIND: tl.constexpr, NESTED: tl.constexpr, SCALED: tl.constexpr, INT8: tl.constexpr,
@@ -303,12 +403,7 @@ if triton is not None:
         by = tl.full([ROWS], 1.0, tl.float32)
         if KIND == 2:
             which = row * (inputs // 64) + block
-            if NESTED:
-                number = tl.load(absmax + which, mask=inside, other=0).to(tl.int32)
-                by = tl.load(absmax_code + number) * tl.load(absmax_scale + which // 256, mask=inside, other=0.0)
-                by += absmax_offset
-            else:
-                by = tl.load(absmax + which, mask=inside, other=0.0)
+            by = _largest(absmax, absmax_scale, absmax_offset, absmax_code, which, inside, NESTED)
         if KIND == 1:
             by = tl.load(absmax + row, mask=inside, other=0.0) * (1.0 / 127.0)
         if SCALED and not TRANSPOSED:
