@@ -4,8 +4,8 @@
     dW = dy^T x               16 bits, as it always is: x and dy as they come
 
 Weights, gradients and moments stay what they are. A weight is rounded for the time of one product, W in the forward
-pass and W^T in the backward pass, wherever a strategy has put it by then. x stays in 16 bits for dW, once for all layers
-that read it, which also round it once (docs/notes/0024).
+pass and W^T in the backward pass, wherever a strategy has put it by then. x stays in 16 bits for dW, once for all that
+read it, and they round it once (docs/notes/0024).
 """
 
 from __future__ import annotations
