@@ -100,6 +100,7 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 rows, w = site.rounded(dy), site.rounded(_turned_over(weight, site.compute))
                 dx = product(rows, w.data, w.scale, site.compute).view(x.shape)
+                del rows, w
             if ctx.needs_input_grad[1]:
                 dw = (dy.t() @ _flat(x)).to(weight.dtype)
         return dx, dw, None, None

@@ -383,7 +383,7 @@ def _trained_products_are_known(case: Case) -> str | None:
     if layout.arithmetic == "16bit":
         return tr("Fused layers have frozen weights: where all are trained, 16 bits are `train.arithmetic: plain`.")
     if layout.strategy not in rounded.STRATEGIES:
-        return tr("Trained weights are multiplied in 8 bits with single, ddp and fsdp, not with {way}.", way=layout.way)
+        return tr("Trained weights are not multiplied in 8 bits with {way}.", way=layout.way)
     if layout.precision == "fp16" or (layout.precision == "fp32" and layout.device == "cuda"):
         return tr("Beside products in 8 bits everything else is computed in bf16.")
     if shape is not None and shape.experts:

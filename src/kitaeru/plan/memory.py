@@ -161,8 +161,8 @@ def _layer_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> in
     if c == 4:
         return int(tokens * (8 * f + 4 * h) + unpacked + (8 * wide if whole else dora))
     if whole:
-        more = rounded.passing_bytes(layout, shape)
-        return more + max(tokens * (4 * f + 4 * h) + 4 * wide, tokens * (2 * f + 6 * h) + 6 * wide)
+        first = max(4 * wide, rounded.passing_bytes(layout, shape))
+        return max(tokens * (4 * f + 4 * h) + first, tokens * (2 * f + 6 * h) + 6 * wide)
     held = tokens * (6 * f + (10 if layout.again(shape.layers) else 14) * h)
     if layout.base != "none" and layout.device == "cuda":
         held = tokens * (4 * f + 2 * h)

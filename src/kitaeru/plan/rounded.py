@@ -9,8 +9,8 @@ from kitaeru.plan.stored import compute_bytes, residual_bytes, trains_all, train
 from kitaeru.plan.types import Layout
 from kitaeru.shape import Linear, ModelShape
 
-# Strategies that are known to train so: their devices go through all layers.
-STRATEGIES = ("single", "ddp", "fsdp")
+# Strategies that are known to train so: when a layer computes, its weights are there, whole.
+STRATEGIES = ("single", "ddp", "fsdp", "pipeline", "model_parallel")
 
 
 def is_rounded(layout: Layout) -> bool:
@@ -19,8 +19,8 @@ def is_rounded(layout: Layout) -> bool:
 
 
 def passing_bytes(layout: Layout, shape: ModelShape) -> int:
-    """What a layer's backward pass holds beside what it would in 16 bits: a gradient in 8 bits, and a weight turned
-    over, in the arithmetic's width and in 8 bits, while it is rounded.
+    """What a layer's backward pass holds while it rounds, before the gradient of a weight is there: a gradient in 8
+    bits, and a weight turned over, in the arithmetic's width and in 8 bits.
     """
     if not is_rounded(layout):
         return 0

@@ -82,7 +82,7 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     ({"variant": "disk"}, {}, A5000, "computed twice", {}),
     ({"activations": "keep8"}, {}, A5000, "fused", {}),
     (FULL | {"arithmetic": "16bit"}, {}, A5000, "arithmetic: plain", {}),
-    (FULL | {"arithmetic": "int8", "strategy": "zero2", "devices": 2}, {}, A5000, "not with zero2", {}),
+    (FULL | {"arithmetic": "int8", "strategy": "zero2", "devices": 2}, {}, A5000, "8 bits with zero2", {}),
     (FULL | {"arithmetic": "int8", "precision": "fp16"}, {}, A5000, "everything else", {}),
     (FULL | {"arithmetic": "int8"}, {}, A5000, "most of its work", {"shape": replace(LLAMA, experts=8)}),
     (FULL | {"arithmetic": "int8", "activations": "keep8"}, {}, A5000, "belongs to fused", {}),
