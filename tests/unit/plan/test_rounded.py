@@ -64,7 +64,6 @@ def test_it_takes_no_more_memory_than_16_bits(activations: Any) -> None:
     plain, setting = replace(PLAIN, activations=activations), Setting(LoraSection())
     wide, narrow = (memory_items(layout, SARASHINA, setting) for layout in (plain, replace(plain, arithmetic="int8")))
     assert "weight_casts" not in narrow
-    assert narrow["activations"] < wide["activations"]
     assert narrow["weights"] == wide["weights"]
     assert 0.85 < sum(narrow.values()) / sum(wide.values()) < 1
 
