@@ -76,8 +76,8 @@ class Compared:
 def settle_eight_bits(loop: Loop) -> None:
     """Keep products in 8 bits as far as loss and gradient stay near what they are without; say what they were.
 
-    A recipe that names the arithmetic gets it, and is told. All ranks see the same numbers and do the same; weights,
-    random numbers and the optimizer stay as they are, and no gradient is left.
+    Under an adapter a recipe that names the arithmetic gets it, and is told. All ranks see the same numbers and do the
+    same; weights, random numbers and the optimizer stay as they are, and no gradient is left.
     """
     trainee, world = loop.trainee, loop.world
     plan = trainee.plan

@@ -53,13 +53,15 @@ def row_bytes(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
 
 
 def turning_flops(layout: Layout, shape: ModelShape, *, forward: bool) -> float:
-    """FLOP in 16 bits that turn one layer's rows for INT8 (`fused.turning_flops`): what is read, and each gradient."""
+    """FLOP in 16 bits that turn one layer's rows for INT8 (`fused.turning_flops`), what is read or each gradient, and
+    its weights.
+    """
     if layout.arithmetic != "int8":
         return 0.0
     linears = shape.linears()
     found = [linear.count * linear.inputs for linear in first_readers(linears)]
     rows = found if forward else [linear.count * linear.outputs for linear in linears]
-    return 64.0 * layout.micro_batch_tokens * sum(rows) / shape.layers
+    return 64.0 * (layout.micro_batch_tokens * sum(rows) + shape.linear_parameters()) / shape.layers
 
 
 def first_readers(linears: tuple[Linear, ...]) -> list[Linear]:
