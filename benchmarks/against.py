@@ -113,12 +113,15 @@ POINTS = {
 # What each process imports before it is its turn, in this order.
 CONTENDERS: dict[str, tuple[str, ...]] = {
     "kitaeru": ("kitaeru.engine.build", "kitaeru.engine.loop", "bitsandbytes"),
+    "kitaeru-8bit": ("kitaeru.engine.build", "kitaeru.engine.loop", "bitsandbytes"),
     "unsloth-none": ("unsloth", "bitsandbytes"),
     "unsloth": ("unsloth", "bitsandbytes"),
     "peft-liger": ("peft", "bitsandbytes", "liger_kernel.transformers"),
     "peft": ("peft", "bitsandbytes"),
 }
-ON_CPU = ("kitaeru", "peft")
+ON_CPU = ("kitaeru", "kitaeru-8bit", "peft")
+# Full training in 8 bits, which a recipe has to ask for; of adapters `kitaeru` is that already.
+FULL_ALONE = ("kitaeru-8bit",)
 FIELDS = (
     "point", "contender", "version", "model", "cut", "method", "seq_len", "cap_gib", "step_tokens", "how",
     "micro_tokens", "trained_parameters", "tokens_per_second", "peak_gib", "roofline_bf16", "share_of_bf16",
@@ -204,7 +207,7 @@ def work(job: Job) -> None:
     runner = None
     try:
         version = _version(job.contender)
-        runner = {"kitaeru": ours}.get(job.contender, theirs)(job)
+        runner = (ours if job.contender.startswith("kitaeru") else theirs)(job)
         row = {"micro_tokens": runner.micro_tokens, "trained_parameters": runner.trained, "how": runner.how}
         row |= measure(runner, job, begun)
     except Exception as error:
@@ -279,7 +282,7 @@ def busy(step: Callable[[], float], steps: int) -> float:
 def _version(contender: str) -> str:
     from importlib.metadata import version
 
-    if contender == "kitaeru":
+    if contender.startswith("kitaeru"):
         return kitaeru.__version__
     names = {"unsloth": ("unsloth",), "peft": ("peft", "bitsandbytes"), "liger": ("liger-kernel",)}
     wanted = [name for part in contender.split("-") for name in names.get(part, ())]
@@ -338,7 +341,9 @@ def ours(job: Job) -> Runner:
     hardware = probe()
     if job.device == "cpu":
         hardware = replace(hardware, devices=(), links=())
-    train = {"global_batch_tokens": job.step_tokens, "max_steps": 1000, "learning_rate": LEARNING_RATE}
+    train: dict[str, Any] = {"global_batch_tokens": job.step_tokens, "max_steps": 1000, "learning_rate": LEARNING_RATE}
+    if job.contender in FULL_ALONE:
+        train["arithmetic"] = "fp8" if hardware.devices and 9 <= hardware.devices[0].sm < 12 else "int8"
     wish = Recipe.model_validate(
         {
             "model": {"name": job.folder},
@@ -662,7 +667,8 @@ def run(arguments: argparse.Namespace) -> None:
     """One after another, a row at a time; the next one's imports are done meanwhile, where there are cores for it."""
     until = time.monotonic() + arguments.budget_seconds
     done = {(row["point"], row["contender"]) for row in read(arguments.out)}
-    todo = [(name, who) for name in arguments.points for who in arguments.contenders if (name, who) not in done]
+    every = [(name, who) for name in arguments.points for who in arguments.contenders if (name, who) not in done]
+    todo = [(name, who) for name, who in every if who not in FULL_ALONE or POINTS[name].method == "full"]
     waiting: dict[tuple[str, str], tuple[Job, subprocess.Popen[bytes]]] = {}
 
     def ready(key: tuple[str, str]) -> None:

@@ -3,11 +3,11 @@
     python benchmarks/equal_loss.py --data ja-instruct/train.jsonl --valid ja-instruct/valid.jsonl \
         --out benchmarks/results/equal-loss-h100.csv
 
-Each run is a real QLoRA run of the command line; those of one seed see the same examples in the same order from the
-same adapter. What counts: the mean training loss of the last fifth of the steps, and the validation loss at the end,
-each against the plain run of the same seed, and how far seeds lie apart. Beside them a task score of each result: the
-share of questions of `--task` whose right answer is the likeliest (without it: which answer belongs to a held-out
-conversation, of four).
+Each run is a real run of the command line, QLoRA unless told otherwise; those of one seed see the same examples in the
+same order from the same adapter. What counts: the mean training loss of the last fifth of the steps, and the validation
+loss at the end, each against the plain run of the same seed, and how far seeds lie apart. Beside them a task score of
+each result: the share of questions of `--task` whose right answer is the likeliest (without it: which answer belongs to
+a held-out conversation, of four).
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ def command(arithmetic: str, seed: int, run: Path, arguments: argparse.Namespace
         "samples.count": 0,
         "track.tensorboard": "false",
     }
+    if arguments.learning_rate:
+        settings["train.learning_rate"] = arguments.learning_rate
     words = [sys.executable, "-m", "kitaeru", "train", arguments.model, "--data", str(arguments.data)]
-    words += ["--method", "qlora", "--plain", "--output", str(run)]
+    words += ["--method", arguments.method, "--plain", "--output", str(run)]
     return words + [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
@@ -101,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="bundled")
+    parser.add_argument("--method", choices=("qlora", "lora", "full"), default="qlora")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--valid", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/equal-loss"))
@@ -109,6 +112,7 @@ def main() -> None:
     parser.add_argument("--valid-examples", type=int, default=400)
     parser.add_argument("--task", type=Path, help="rows of question, choices, answer; default: --valid")
     parser.add_argument("--task-questions", type=int, default=150)
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arithmetic", nargs="+", default=["plain", "fp8", "int8"])
     parser.add_argument("--at-once", type=int, default=9, help="runs side by side")

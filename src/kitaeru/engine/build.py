@@ -37,6 +37,7 @@ from kitaeru.model.layers import Draws, checkpoint_by_layer
 from kitaeru.model.load import DTYPES, load_config, load_model
 from kitaeru.model.offload import Host
 from kitaeru.model.parts import Parts, outline
+from kitaeru.model.rounded import RoundedLayer, round_products
 from kitaeru.model.stages import share_of, stage_devices
 from kitaeru.model.stream import load_streamed
 from kitaeru.parallel import strategy_of
@@ -44,9 +45,11 @@ from kitaeru.parallel.start import hash_frozen
 from kitaeru.parallel.types import Engine, Held, Named, Strategy, Unit
 from kitaeru.parallel.world import World
 from kitaeru.plan.deepspeed import deepspeed_config
+from kitaeru.plan.fused import is_fused
 from kitaeru.plan.host import HOST_ITEMS
 from kitaeru.plan.layouts import DISK, ZERO
 from kitaeru.plan.memory import CPU_PROCESS_BYTES, GPU_PROCESS_HOST_BYTES
+from kitaeru.plan.rounded import is_rounded
 from kitaeru.plan.stored import trains_from_ram
 from kitaeru.plan.types import Plan
 
@@ -80,6 +83,7 @@ class Trainee:
     parts: Parts | None = None
     frozen_hash: int = 0
     fused: tuple[fusing.FusedLayer, ...] = ()
+    rounded: tuple[RoundedLayer, ...] = ()
     stored_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -311,7 +315,7 @@ def seed_layers(trainee: Trainee) -> None:
 def fuse_layers(trainee: Trainee) -> None:
     """Make every layer one operation, where the plan says so and they turn out to be what kitaeru thinks."""
     layout = trainee.plan.layout
-    if layout.arithmetic == "plain":
+    if layout.arithmetic == "plain" or not is_fused(layout):
         return
     model = trainee.causal_lm
     batch = _probe(trainee, (64, 64))
@@ -334,6 +338,17 @@ def fuse_layers(trainee: Trainee) -> None:
         trainee.say(why, "warning")
     elif layout.arithmetic != "16bit" and wide:
         trainee.say(tr("{count} layers lose too much in 8 bits and are computed in 16.", count=wide), "warning")
+
+
+def round_trained_products(trainee: Trainee) -> None:
+    """Compute the layers' trained products in 8 bits, where the plan says so."""
+    layout = trainee.plan.layout
+    if layout.arithmetic == "plain" or not is_rounded(layout):
+        return
+    trainee.rounded = round_products(trainee.causal_lm, layout.arithmetic, DTYPES[layout.precision])
+    if not trainee.rounded:
+        why = tr("No linear layer of this model can be computed in 8 bits: all are in 16, slower than planned.")
+        trainee.say(why, "warning")
 
 
 def checkpoint_activations(trainee: Trainee) -> None:
@@ -417,6 +432,7 @@ PASSES: tuple[tuple[Callable[[Trainee], None], str], ...] = (
     (choose_attention, N_("Choosing the attention kernel")),
     (check_packing, N_("Checking that packed examples do not see each other")),
     (fuse_layers, N_("Fusing layers")),
+    (round_trained_products, N_("Setting up products in 8 bits")),
     (checkpoint_activations, N_("Setting up recomputation")),
     (attach_neftune, N_("Setting up noise")),
     (choose_loss, N_("Checking the output head")),

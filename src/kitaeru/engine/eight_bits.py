@@ -17,9 +17,13 @@ import torch
 from kitaeru.data.batches import MicroBatches, eval_batches
 from kitaeru.engine.preflight import undrawn
 from kitaeru.i18n import N_, tr
+from kitaeru.plan.fused import is_fused
+from kitaeru.plan.stored import trains_all, trains_from_ram
 
 if TYPE_CHECKING:
     from kitaeru.engine.loop import Loop
+    from kitaeru.model.fused import FusedLayer
+    from kitaeru.model.rounded import RoundedLayer
 
 TOKENS = 16384
 # Of the loss. Training takes part of it back, since the adapter learns beside the products that it is added to.
@@ -72,23 +76,25 @@ class Compared:
 def settle_eight_bits(loop: Loop) -> None:
     """Keep products in 8 bits as far as loss and gradient stay near what they are without; say what they were.
 
-    A recipe that names the arithmetic gets it, and is told. All ranks see the same numbers and do the same; weights,
-    random numbers and the optimizer stay as they are, and no gradient is left.
+    Under an adapter a recipe that names the arithmetic gets it, and is told. All ranks see the same numbers and do the
+    same; weights, random numbers and the optimizer stay as they are, and no gradient is left.
     """
     trainee, world = loop.trainee, loop.world
     plan = trainee.plan
-    eight = [layer for layer in trainee.fused if layer.both.arithmetic != "16bit"]
+    layers: tuple[FusedLayer | RoundedLayer, ...] = trainee.fused or trainee.rounded
+    eight = [layer for layer in layers if layer.in_8_bits]
     if not plan.layout.in_8_bits or not world.any(bool(eight)):
         return
-    decided = any(decision.path == "train.arithmetic" for decision in plan.decisions)
+    # Full training has 8 bits only where a recipe names them, and then as far as they are good enough.
+    decided = trains_all(plan.layout) or any(decision.path == "train.arithmetic" for decision in plan.decisions)
     at_once = min(AT_ONCE, max(2, plan.layout.micro_batch_tokens // 2))
     batches = _examples(loop, TOKENS, TOKENS, plan.layout.micro_batch_tokens)
     gradients = _Gradients(loop, _examples(loop, GRADIENT_TOKENS, at_once, at_once))
-    for layer in trainee.fused:
+    for layer in layers:
         layer.on = False
     own = loop.mean_loss(batches)
     gradients.keep_own()
-    for layer in trainee.fused:
+    for layer in layers:
         layer.on = True
     found: list[Compared] = []
     for sites in ((), *STEPS) if decided else ((),):
@@ -124,11 +130,14 @@ def settle_eight_bits(loop: Loop) -> None:
 
 
 class _Gradients:
-    """The adapters' gradient of some examples with the layers' own code, and others beside it.
+    """The gradient of some examples with the layers' own code, and others beside it.
 
     Before training B is nought, unless the adapter starts otherwise, and so is the gradient of A, however the products
     are computed: what is compared then is that of B, scaling dy^T (x A^T). It sees all that is wrong with the incoming
     dy, and with x along the random directions of A, so nothing that would also show in the gradient of A is hidden.
+
+    In full training it is that of all weights; where they lie in RAM there is no room for a second one, and no
+    comparison.
     """
 
     def __init__(self, loop: Loop, batches: MicroBatches) -> None:
@@ -137,14 +146,19 @@ class _Gradients:
         self._length: float | None = None
 
     def keep_own(self) -> None:
-        """Take the gradient with the layers' own code, each layer computed again on the way back; keep it in RAM."""
-        model = self._loop.trainee.causal_lm
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        """Take the gradient with the layers' own code, fused layers computed again on the way back; keep it in RAM."""
+        trainee = self._loop.trainee
+        model, layout = trainee.causal_lm, trainee.plan.layout
+        if trains_from_ram(layout):
+            return
+        if is_fused(layout):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         try:
             self._length = self._take()
-            self._own = [None if p.grad is None else p.grad.cpu() for _, p in self._loop.trainee.named]
+            self._own = [None if p.grad is None else p.grad.cpu() for _, p in trainee.named]
         finally:
-            model.gradient_checkpointing_disable()
+            if is_fused(layout):
+                model.gradient_checkpointing_disable()
             self._forget()
 
     def compare(self) -> tuple[float | None, float | None]:

@@ -103,6 +103,11 @@ class FusedLayer:
     host: Host | None = None
     on: bool = True
 
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether its products are computed in 8 bits."""
+        return self.both.arithmetic != "16bit"
+
     def widen(self, site: str) -> None:
         """Compute one of "qkv", "out", "both" and "down" in 16 bits from now on."""
         now: Site = getattr(self, site)

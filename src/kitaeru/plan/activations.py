@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from kitaeru.plan import fused
+from kitaeru.plan import fused, rounded
 from kitaeru.plan.stored import (
     Setting,
     adapted,
@@ -74,7 +74,7 @@ def _kept_linears(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """All linear layers' inputs, per token, as far as they are not already kept by attention or the MLP."""
     c = compute_bytes(layout)
     if trains_all(layout):
-        readers = _first_readers(shape.linears(), shared=c == 4)
+        readers = _first_readers(shape.linears(), shared=c == 4 or rounded.is_rounded(layout))
         return sum(linear.count * c * linear.inputs for linear in readers if not _is_attention_output(linear, layout))
     linears = adapted(shape, lora)
     small = sum(linear.count * c * lora.r for linear in linears)
@@ -100,12 +100,7 @@ def _is_attention_output(linear: Linear, layout: Layout) -> bool:
 
 def _first_readers(linears: tuple[Linear, ...], shared: bool) -> list[Linear]:
     """One linear layer for each tensor read, where readers share it; all of them where each casts its own copy."""
-    if not shared:
-        return list(linears)
-    first: dict[tuple[str, int], Linear] = {}
-    for linear in linears:
-        first.setdefault((linear.reads, linear.inputs), linear)
-    return list(first.values())
+    return rounded.first_readers(linears) if shared else list(linears)
 
 
 def _kept_attention(layout: Layout, shape: ModelShape, setting: Setting) -> int:
@@ -171,11 +166,11 @@ def kept_always(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
 @lru_cache(maxsize=1024)
 def cast_bytes(layout: Layout, shape: ModelShape, lora: LoraSection) -> int:
     """16-bit copies of linear layers' trained 32-bit weights, which autocast makes and keeps in a forward pass; those
-    of packed experts' adapters are made for each pass and let go.
+    of packed experts' adapters are made for each pass and let go, as those in 8 bits are.
     """
     if fused.is_fused(layout):
         return fused.held_always(layout, shape, lora)[1]
-    if compute_bytes(layout) == 4:
+    if compute_bytes(layout) == 4 or rounded.is_rounded(layout):
         return 0
     if trains_all(layout):
         return 2 * shape.linear_parameters()

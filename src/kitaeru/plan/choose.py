@@ -340,7 +340,8 @@ class Pricing:
         )  # fmt: skip
         arithmetic = arithmetic_for(problem.recipe, bare, problem.device, problem.shape)
         recomputed = problem.recipe.limits.recomputed_layers or 0
-        for activations in activation_policies(problem.recipe, arithmetic):
+        eight = arithmetic in ("fp8", "int8") and method in ("lora", "qlora")
+        for activations in activation_policies(problem.recipe, eight=eight):
             if activations == "offload" and device == "cpu" and not problem.recipe.limits.offload_activations:
                 continue
             row = [

@@ -1,7 +1,7 @@
 """What the fused layer keeps, holds and does: the counterpart in numbers of `model.fused`.
 
-`Layout.arithmetic` is "plain" where layers run as their authors wrote them. Else the frozen products are computed in
-16 bits, FP8 or INT8 by one operation a layer, which keeps exactly what its backward pass needs.
+`Layout.arithmetic` is "plain" where layers run as their authors wrote them. Else, under an adapter, the frozen products
+are computed in 16 bits, FP8 or INT8 by one operation a layer, which keeps exactly what its backward pass needs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from kitaeru.plan.stored import adapted
+from kitaeru.plan.stored import adapted, trains_all
 from kitaeru.plan.types import Arithmetic, Layout
 from kitaeru.recipe.types import LoraSection, Recipe
 from kitaeru.shape import Linear, ModelShape
@@ -26,8 +26,8 @@ GROUPS: tuple[tuple[str, ...], ...] = (
 
 
 def is_fused(layout: Layout) -> bool:
-    """Whether layers run as one operation each."""
-    return layout.arithmetic != "plain"
+    """Whether layers run as one operation each: those with trained weights never do (`plan.rounded`)."""
+    return layout.arithmetic != "plain" and not trains_all(layout)
 
 
 @dataclass(frozen=True)

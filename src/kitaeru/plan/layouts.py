@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from kitaeru.hardware import Device
 from kitaeru.i18n import tr
-from kitaeru.plan import fused
-from kitaeru.plan.stored import adapts_experts, packs_experts, trains_from_ram
+from kitaeru.plan import fused, rounded
+from kitaeru.plan.stored import adapts_experts, packs_experts, trains_all, trains_from_ram
 from kitaeru.plan.types import Activations, Arithmetic, Base, Layout, MethodKind, Precision
 from kitaeru.recipe.checks import ZERO as ZERO
 from kitaeru.recipe.types import LoraSection, Recipe
@@ -362,10 +362,8 @@ FUSED_STRATEGIES = ("single", "ddp", "pipeline")
 
 def _fused_layers_are_known(case: Case) -> str | None:
     layout, shape = case.layout, case.shape
-    if layout.arithmetic == "plain":
+    if not fused.is_fused(layout):
         return tr("`keep8` belongs to fused layers.") if layout.activations == "keep8" else None
-    if layout.method not in ("lora", "qlora"):
-        return tr("Fused layers have frozen weights and an adapter: they take `method: lora` or `qlora`.")
     if layout.strategy not in FUSED_STRATEGIES or layout.variant == DISK:
         return tr("Fused layers need their weights whole, which {way} does not give them.", way=layout.way)
     if layout.precision == "fp16" or (layout.precision == "fp32" and layout.device == "cuda"):
@@ -375,6 +373,21 @@ def _fused_layers_are_known(case: Case) -> str | None:
         return tr("Fused layers know plain LoRA: no dropout, no DoRA, no `modules_to_save`.")
     if reason is not None:
         return tr("This model's layers are none that kitaeru can fuse (Llama, Mistral, Qwen2, Qwen3 and Gemma are).")
+    return None
+
+
+def _trained_products_are_known(case: Case) -> str | None:
+    layout, shape = case.layout, case.shape
+    if layout.arithmetic == "plain" or not trains_all(layout):
+        return None
+    if layout.arithmetic == "16bit":
+        return tr("Fused layers have frozen weights: where all are trained, 16 bits are `train.arithmetic: plain`.")
+    if layout.strategy not in rounded.STRATEGIES:
+        return tr("Trained weights are not multiplied in 8 bits with {way}.", way=layout.way)
+    if layout.precision == "fp16" or (layout.precision == "fp32" and layout.device == "cuda"):
+        return tr("Beside products in 8 bits everything else is computed in bf16.")
+    if shape is not None and shape.experts:
+        return tr("A mixture's experts are trained in 16 bits, and they are most of its work.")
     return None
 
 
@@ -485,6 +498,7 @@ RULES: tuple[Rule, ...] = (
     _layers_from_ram_are_computed_twice,
     _disk_keeps_frozen_layers,
     _fused_layers_are_known,
+    _trained_products_are_known,
     _graphs_hold_fused_layers,
     _gradients_may_go,
     _eight_bits_need_units,
@@ -569,10 +583,12 @@ def ways(recipe: Recipe) -> Iterator[tuple[MethodKind, Base]]:
             yield "qlora", "nf4"
 
 
-def activation_policies(recipe: Recipe, arithmetic: Arithmetic = "plain") -> tuple[Activations, ...]:
-    """What may be done with activations: what the recipe pins, else all, the faster one first."""
+def activation_policies(recipe: Recipe, *, eight: bool = False) -> tuple[Activations, ...]:
+    """What may be done with activations, by fused layers in `eight` bits or others: what the recipe pins, else all, the
+    faster one first.
+    """
     limits = recipe.limits
-    kept: tuple[Activations, ...] = ("keep",) if arithmetic in ("plain", "16bit") else ("keep", "keep8")
+    kept: tuple[Activations, ...] = ("keep", "keep8") if eight else ("keep",)
     if limits.offload_activations:
         return ("offload",)
     if limits.checkpointing is False or limits.recomputed_layers is not None:
@@ -582,13 +598,13 @@ def activation_policies(recipe: Recipe, arithmetic: Arithmetic = "plain") -> tup
 
 
 def arithmetic_for(recipe: Recipe, layout: Layout, device: Device | None, shape: ModelShape) -> Arithmetic:
-    """How the frozen products of a layout are computed: what the recipe pins, else in the device's 8 bits where layers
-    can be fused, else plainly.
+    """How the products of a layout are computed: what the recipe pins, else in the device's 8 bits where layers can be
+    fused, else plainly: trained weights are multiplied in 8 bits only if a recipe says so.
     """
     wish = recipe.train.arithmetic
     if wish != "auto":
         return wish
-    if device is None or layout.device == "cpu" or device.sm < 8.0:
+    if device is None or layout.device == "cpu" or device.sm < 8.0 or trains_all(layout):
         return "plain"
     eight: Arithmetic = "fp8" if 9.0 <= device.sm < 12.0 else "int8"
     return "plain" if illegal(replace(layout, arithmetic=eight), recipe, device, shape) else eight

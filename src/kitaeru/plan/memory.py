@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from kitaeru.i18n import N_
-from kitaeru.plan import fused
+from kitaeru.plan import fused, rounded
 from kitaeru.plan.activations import (
     activation_bytes,
     cast_bytes,
@@ -162,7 +162,8 @@ def _layer_workspace(layout: Layout, shape: ModelShape, lora: LoraSection) -> in
     if c == 4:
         return int(tokens * (8 * f + 4 * h) + unpacked + (8 * wide if whole else dora))
     if whole:
-        return max(tokens * (4 * f + 4 * h) + 4 * wide, tokens * (2 * f + 6 * h) + 6 * wide)
+        first = max(4 * wide, rounded.passing_bytes(layout, shape))
+        return max(tokens * (4 * f + 4 * h) + first, tokens * (2 * f + 6 * h) + 6 * wide)
     held = tokens * (6 * f + (10 if layout.again(shape.layers) else 14) * h)
     if layout.base != "none" and layout.device == "cuda":
         held = tokens * (4 * f + 2 * h)

@@ -129,7 +129,13 @@ def _why_micro(problem: Problem, chosen: Candidate) -> str:
 
 
 def _arithmetic_sentences(layout: Layout) -> Iterator[str]:
-    if layout.in_8_bits:
+    if layout.in_8_bits and trains_all(layout):
+        yield tr(
+            "Trained weights are multiplied in {kind}, forward and back; their own gradients are computed in 16 bits, "
+            "as everything is with --set train.arithmetic=auto.",
+            kind=layout.arithmetic.upper(),
+        )
+    elif layout.in_8_bits:
         yield tr(
             "Frozen weights are multiplied in {kind}; in 16 bits with --set train.arithmetic=16bit.",
             kind=layout.arithmetic.upper(),
@@ -143,6 +149,11 @@ def _why_arithmetic(problem: Problem, layout: Layout) -> str:
             "before the first step and computed in 16. In 16 bits everywhere: --set train.arithmetic=16bit"
         )
     reason = illegal(replace(layout, arithmetic="int8"), problem.recipe, problem.device, problem.shape)
+    if reason is None and trains_all(layout) and layout.device == "cuda":
+        return tr(
+            "Where every weight is trained, 8 bits are taken only when asked for: --set train.arithmetic=fp8 (int8 "
+            "below compute capability 9.0)."
+        )
     return reason or tr("The model's own code; fused kernels are for GPUs.")
 
 

@@ -38,7 +38,8 @@ class Layout:
     `cuts` are the layers of each pipeline stage in the model's order; a rank with `chunks` stages holds every
     (devices/replicas)-th of them.
     `arithmetic`: of the frozen products; but for `plain`, a layer is one fused operation (`plan.fused`), whose gate and
-    up `keep8` keeps in 8 bits. `recomputed`: so many of the first layers compute again what the others `keep`.
+    up `keep8` keeps in 8 bits. In full training, of the products with trained weights (`plan.rounded`).
+    `recomputed`: so many of the first layers compute again what the others `keep`.
     `graphs`: a micro-batch's passes are one CUDA graph, whose memory stays taken as long as the run lasts.
     `step_in_backward`: a parameter is changed as soon as its gradient is there, which is then let go of.
     """
@@ -97,7 +98,7 @@ class Layout:
 
     @property
     def in_8_bits(self) -> bool:
-        """Whether the products with frozen weights are computed in 8 bits."""
+        """Whether products with the layers' weights are computed in 8 bits."""
         return self.arithmetic in ("fp8", "int8")
 
     @property

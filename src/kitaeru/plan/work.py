@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kitaeru.plan import fused
+from kitaeru.plan import fused, rounded
 from kitaeru.plan.memory import HEAD_CHUNK_ROWS, head_in_place
 from kitaeru.plan.stored import (
     Setting,
@@ -90,10 +90,11 @@ def layer_forward(layout: Layout, shape: ModelShape, setting: Setting, typical: 
     """
     if fused.is_fused(layout):
         return _fused_pass(layout, shape, setting, typical, forward=True)
-    tokens, layers = layout.micro_batch_tokens, shape.layers
-    weights = shape.linear_parameters() / layers
+    tokens, layers, eight = layout.micro_batch_tokens, shape.layers, rounded.is_rounded(layout)
+    flops = 2 * shape.linear_parameters() / layers * tokens
     return Work(
-        gemm=2 * weights * tokens,
+        gemm=rounded.turning_flops(layout, shape, forward=True) if eight else flops,
+        eight=flops if eight else 0.0,
         skinny=2 * tokens * _adapter_size(layout, shape, setting),
         grouped=2 * tokens * _active_expert_weights(shape),
         attention_forward=4 * shape.q_size * seen_tokens(shape, typical) * tokens,
@@ -115,13 +116,15 @@ def layer_backward(layout: Layout, shape: ModelShape, setting: Setting, typical:
         share = 1.0 if shape.sandwiched else FUSED_AGAIN
         return work + replace(again, **{kind: getattr(again, kind) * share for kind in ("gemm", "eight")})
     tokens, layers = layout.micro_batch_tokens, shape.layers
-    weights, whole = shape.linear_parameters() / layers, trains_all(layout)
-    passes = 2 if whole else 1
+    flops, whole = 2 * shape.linear_parameters() / layers * tokens, trains_all(layout)
+    eight = rounded.is_rounded(layout)
+    turning = rounded.turning_flops(layout, shape, forward=False) if eight else 0.0
     # An adapter on whole experts is trained through the gradient of their weights.
     experts = 2 if whole or merges_experts(layout, shape, setting.lora) else 1
     adapters = _adapter_size(layout, shape, setting)
     work = Work(
-        gemm=2 * passes * weights * tokens,
+        gemm=flops * (2 if whole and not eight else 1) + turning,
+        eight=flops if eight else 0.0,
         skinny=4 * tokens * adapters,
         grouped=2 * experts * tokens * _active_expert_weights(shape),
         attention_backward=10 * shape.q_size * seen_tokens(shape, typical) * tokens,
@@ -236,6 +239,8 @@ def _eager_bytes(layout: Layout, shape: ModelShape, setting: Setting, *, forward
     routed = 12.0 * c * shape.experts_per_token * h if shape.experts else 0.0
     total = norm + rotation + mlp + residual + routed
     if trains_all(layout):
+        if rounded.is_rounded(layout):
+            return total + rounded.row_bytes(layout, shape, forward=forward)
         edges = sum(linear.count * linear.inputs for linear in shape.linears()) / shape.layers
         return total + (r + c if r != c else 0) * edges
     linears = adapted(shape, setting.lora)
@@ -259,6 +264,9 @@ def _weight_traffic(layout: Layout, shape: ModelShape, setting: Setting, *, forw
     if not trains_all(layout):
         return experts
     casts = 6 if compute_bytes(layout) == 2 else 0
+    if rounded.is_rounded(layout):  # gradients alone are cast
+        rounding = rounded.rounding_bytes(layout, shape, forward=forward)
+        return rounding + (0.0 if forward else weights * (casts + 12))
     return experts + weights * (casts if forward else casts + 12)
 
 
@@ -267,6 +275,7 @@ def _operations(layout: Layout, shape: ModelShape, setting: Setting) -> float:
     linears = len(shape.linears())
     norms = shape.norms_per_layer + (2 if shape.qk_norm else 0)
     count = 58.0 + 5.5 * norms + linears * (3 if trains_all(layout) else 1.6)
+    count += 3 * linears if rounded.is_rounded(layout) else 0
     if not trains_all(layout):
         count += 13 * len(adapted(shape, setting.lora)) * (2 if setting.lora.dora else 1)
     if layout.base != "none":

@@ -266,7 +266,8 @@ class TrainSection(Section):
         description=N_(
             "How the products with frozen weights are computed under an adapter: in 8 bits (`fp8` from compute capability "
             "8.9, `int8` from 8.0) or in 16 bits (`16bit`), both with every layer fused into one operation, or `plain`, by the "
-            "model's own code. `auto`: the fastest the planner finds for this model and GPU."
+            "model's own code. `auto`: the fastest the planner finds for this model and GPU. In full training `auto` is "
+            "`plain`; `fp8` and `int8` compute the layers' trained products in 8 bits but for the weights' own gradients."
         ),
     )
     cuda_graphs: bool | None = Field(

@@ -20,6 +20,7 @@ from kitaeru.model.experts import PackedExperts, fill
 from kitaeru.model.fused import Place, fused_layer
 from kitaeru.model.layers import checkpoint_by_layer
 from kitaeru.model.load import load_model
+from kitaeru.model.rounded import round_products
 from kitaeru.plan.activations import _kept_packed, activation_bytes, cast_bytes
 from kitaeru.plan.stored import Setting, packs_experts
 from kitaeru.plan.types import Layout
@@ -76,6 +77,8 @@ def saved_bytes(family: str, changes: dict[str, Any], layout: Layout, lora: Lora
     if layout.again(shape.layers):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         checkpoint_by_layer(model, layout.again(shape.layers), None)
+    if layout.arithmetic != "plain":
+        assert round_products(model, layout.arithmetic, torch.bfloat16)
     trained.train()
     lengths = [TOKENS // 2, TOKENS - TOKENS // 2]
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -120,6 +123,16 @@ def test_kept_is_what_torch_saves(family: str, changes: dict[str, Any], method: 
     lora = LoraSection(r=4)
     layout = single(method, precision)
     saved, shape = saved_bytes(family, changes, layout, lora)
+    assert predicted(layout, shape, lora) == pytest.approx(saved, rel=0.045)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox"])
+def test_trained_products_in_8_bits_keep_what_is_read_once(family: str) -> None:
+    """And no copy of a weight."""
+    lora = LoraSection()
+    layout = replace(single("full", "bf16"), arithmetic="fp8")
+    saved, shape = saved_bytes(family, dict(FAMILIES)[family], layout, lora)
+    assert cast_bytes(layout, shape, lora) == 0
     assert predicted(layout, shape, lora) == pytest.approx(saved, rel=0.045)
 
 

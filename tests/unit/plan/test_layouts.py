@@ -81,7 +81,12 @@ ILLEGAL: list[tuple[dict[str, Any], dict[str, Any], Any, str, dict[str, Any]]] =
     (FULL | {"variant": "disk", "activations": "recompute"}, {}, A5000, "frozen layers", {}),
     ({"variant": "disk"}, {}, A5000, "computed twice", {}),
     ({"activations": "keep8"}, {}, A5000, "fused", {}),
-    (FULL | {"arithmetic": "int8"}, {}, A5000, "frozen weights", {}),
+    (FULL | {"arithmetic": "16bit"}, {}, A5000, "arithmetic: plain", {}),
+    (FULL | {"arithmetic": "int8", "strategy": "zero2", "devices": 2}, {}, A5000, "8 bits with zero2", {}),
+    (FULL | {"arithmetic": "int8", "precision": "fp16"}, {}, A5000, "everything else", {}),
+    (FULL | {"arithmetic": "int8"}, {}, A5000, "most of its work", {"shape": replace(LLAMA, experts=8)}),
+    (FULL | {"arithmetic": "int8", "activations": "keep8"}, {}, A5000, "belongs to fused", {}),
+    (FULL | {"arithmetic": "fp8"}, {}, A5000, "needs compute capability 8.9", {}),
     ({"arithmetic": "int8", "strategy": "fsdp", "devices": 2}, {}, A5000, "whole", {}),
     ({"arithmetic": "int8"}, {"lora": {"dora": True}}, A5000, "plain LoRA", {}),
     ({"arithmetic": "int8"}, {}, A5000, "none that", {"shape": replace(LLAMA, family="olmo2")}),
@@ -152,6 +157,8 @@ def test_only_what_the_table_names_is_built() -> None:
 @pytest.mark.parametrize("changes", [{}, {"method": "qlora", "base": "nf4"}, {"method": "full"}, {"base": "int8"},
     {"method": "full", "variant": "offload", "activations": "recompute"},
     {"strategy": "tensor", "devices": 2}, {"strategy": "zero3", "devices": 2},
+    FULL | {"arithmetic": "int8"}, FULL | {"arithmetic": "int8", "strategy": "fsdp", "devices": 2},
+    FULL | {"arithmetic": "int8", "variant": "offload", "activations": "recompute"},
     GRAPHS | {"activations": "keep8"}, GRAPHS | {"activations": "recompute"},
     GRAPHS | {"strategy": "ddp", "devices": 2, "recomputed": 3},
     {"strategy": "zero2", "devices": 2, "base": "nf4"},
@@ -179,7 +186,7 @@ def test_ways_keep_what_is_pinned(values: dict[str, Any], expected: list[tuple[s
 
 def test_policies_and_precisions() -> None:
     assert activation_policies(recipe()) == ("keep", "recompute", "offload")
-    assert activation_policies(recipe(), "fp8") == ("keep", "keep8", "recompute", "offload")
+    assert activation_policies(recipe(), eight=True) == ("keep", "keep8", "recompute", "offload")
     for limits, wanted in (
         ({"checkpointing": True}, ("recompute", "offload")),
         ({"checkpointing": True, "offload_activations": False}, ("recompute",)),
