@@ -69,7 +69,8 @@ class InBackward:
         if self._doing == "keep":
             return
         assert parameter.grad is not None
-        self._squares[name] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).square()
+        # As in `single.squares`: of one tensor alone a norm in 64 bits would make a copy that wide.
+        self._squares[name] = torch._foreach_norm([parameter.grad], dtype=torch.float64)[0].square()
         if self._doing == "rehearse":
             parameter.grad.zero_()
         if self._doing != "drop":

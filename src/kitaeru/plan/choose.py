@@ -375,7 +375,8 @@ class Pricing:
         """
         plain, recipe = self._priced(layout), self.problem.recipe
         if not plain.fits:
-            return self._priced(self._lean(layout)) if self._lean(layout) != layout else plain
+            lean = self._lean(layout)
+            return plain if lean is layout else self._priced(lean)
         if recipe.train.cuda_graphs is not None or not fused.replays(layout, recipe):
             return plain
         graphs = self._priced(replace(layout, graphs=True))
