@@ -136,8 +136,8 @@ class _Gradients:
     are computed: what is compared then is that of B, scaling dy^T (x A^T). It sees all that is wrong with the incoming
     dy, and with x along the random directions of A, so nothing that would also show in the gradient of A is hidden.
 
-    In full training it is that of all weights; where they lie in RAM there is no room for a second one, and no
-    comparison.
+    In full training it is that of all weights. Where they lie in RAM there is no room for a second one, where they
+    change in the backward pass none for a first, and so no comparison.
     """
 
     def __init__(self, loop: Loop, batches: MicroBatches) -> None:
@@ -149,7 +149,7 @@ class _Gradients:
         """Take the gradient with the layers' own code, fused layers computed again on the way back; keep it in RAM."""
         trainee = self._loop.trainee
         model, layout = trainee.causal_lm, trainee.plan.layout
-        if trains_from_ram(layout):
+        if trains_from_ram(layout) or (trains_all(layout) and layout.step_in_backward):
             return
         if is_fused(layout):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

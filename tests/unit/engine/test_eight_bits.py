@@ -236,9 +236,12 @@ def test_what_costs_too_much_in_full_training_is_computed_in_16_bits(full, monke
     assert run.run() == "finished"
 
 
-def test_from_ram_there_is_no_room_for_a_second_gradient(training, tiny_model, chat_data, tmp_path):
-    how = {"arithmetic": "fp8", "variant": "offload", "activations": "recompute"}
-    run = training.Training(tmp_path, tiny_model, chat_data, "full", **how)
+@pytest.mark.parametrize(
+    "how", [{"variant": "offload"}, {"step_in_backward": True, "train__max_grad_norm": 0.0, "micro_batch_tokens": 256}]
+)
+def test_without_room_for_two_gradients_the_loss_alone_is_looked_at(training, tiny_model, chat_data, tmp_path, how):
+    options = {"arithmetic": "fp8", "activations": "recompute", **how}
+    run = training.Training(tmp_path, tiny_model, chat_data, "full", **options)
     settle_eight_bits(run.loop)
     assert "Products in 8 bits change the loss by" in run.notices[-1].text
     assert "cosine" not in run.notices[-1].text

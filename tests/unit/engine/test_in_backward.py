@@ -81,6 +81,7 @@ def test_every_optimizer_makes_the_same_steps(name):
     [
         ("full", {}),
         ("full", {"precision": "bf16", "activations": "recompute", "train__optimizer": "adamw_8bit"}),
+        ("full", {"precision": "bf16", "activations": "recompute", "arithmetic": "fp8"}),
         ("qlora", {"arithmetic": "int8", "lora__plus_ratio": 4.0}),
         ("lora", {"lora__dora": True, "lora__modules_to_save": ["embed_tokens"]}),
     ],
