@@ -35,8 +35,11 @@ def hadamard(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def turn(values: Tensor) -> Tensor:
-    """[..., K] turned, K a multiple of 64. Turned twice it is what it was."""
-    return (values.reshape(-1, TURN) @ hadamard(values.device, values.dtype)).view(values.shape)
+    """[..., K] turned, K a multiple of 64. Turned twice it is what it was. In the numbers of `values`, under autocast
+    too: a scale that is taken from numbers rounded otherwise lets the largest one leave INT8.
+    """
+    with torch.autocast(values.device.type, enabled=False):
+        return (values.reshape(-1, TURN) @ hadamard(values.device, values.dtype)).view(values.shape)
 
 
 if triton is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kitaeru.kernels.frozen import Stored, Weights, expand, scales_of
 from kitaeru.kernels.rows import empty_rows, put_rows, round_rows
 from kitaeru.kernels.turned import TURN, hadamard, turn
 
@@ -46,3 +47,16 @@ def test_an_outlier_is_spread_over_its_neighbours(size: float) -> None:
     turned = put_rows(x, empty_rows(64, 1024, 0, torch.int8, x))
     plain = put_rows(x, empty_rows(64, 1024, 0, torch.int8, x, plain=True))
     assert apart(turned.values, x) < 0.3 * apart(plain.values, x)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_under_autocast_turned_weights_stay_within_int8(transposed: bool) -> None:
+    """Layers are set up under autocast: scales of rows that were turned in bf16 let 127 become -128."""
+    weights = Weights((Stored("16bit", (192, 256), 0.03 * draw(192, 256)),))
+    with torch.autocast("cpu", torch.bfloat16):
+        scales = scales_of(weights, torch.int8)
+        scale = scales.backward if transposed else scales.forward
+        w = expand(weights, scale, None, 0, torch.int8, transposed=transposed)
+    assert scale is not None
+    exact = weights.each[0].values()
+    assert apart(turn(w.float() * scale[:, None]), exact.T if transposed else exact) < 0.01

@@ -225,4 +225,6 @@ def test_a_whole_model_on_a_gpu(arithmetic: Arithmetic) -> None:
             now.append(float(loss))
         losses.append(tuple(now))
     assert losses[-1][0] < 0.5 * losses[0][0]
-    assert all(ours == pytest.approx(wanted, rel=0.02) for ours, wanted in losses)
+    # Random tokens are learnt by heart: near the end there is little loss left to compare with.
+    apart = max(abs(ours - wanted) for ours, wanted in losses) / losses[0][1]
+    assert apart < 0.03, losses
