@@ -163,7 +163,6 @@ def main() -> None:
         for module in (adapter, copies, frozen, gated, norm, product, rotary, rows):
             stack.enter_context(mock.patch.object(module, "use_triton", return_value=True))
         stack.enter_context(mock.patch.object(autotuner.Autotuner, "run", _first))
-        stack.enter_context(mock.patch.object(adapter, "_roomy", return_value=True))
         stack.enter_context(mock.patch.object(gated, "_caches", return_value=True))
         stack.enter_context(mock.patch.object(torch, "_scaled_mm", _scaled))
         stack.enter_context(mock.patch.object(torch, "mm", lambda a, b: _scaled(a, b, out_dtype=a.dtype)))
