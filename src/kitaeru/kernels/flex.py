@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kitaeru.kernels.triton_or_none import cdiv
+
 BLOCK = 128
 # Sizes of the kernels' tiles, by name: torch's own, and such that heads of 256 find room in 99 KB of shared memory; the
 # backward pass's of 32 do on a GB10 (github.com/pytorch/pytorch/pull/198228). Short rows have no kernel of their own.
@@ -100,7 +102,7 @@ def block_mask(first: Tensor) -> BlockMask:
     the device.
     """
     tokens = len(first)
-    count = -(-tokens // BLOCK)
+    count = cdiv(tokens, BLOCK)
     own = torch.arange(count, dtype=torch.int32, device=first.device)
     # The first and the last query of a block say which blocks of keys some of its queries see, and which all do: those
     # from `begin` on are cut by an edge, those from `cut` on full, and its own is cut by the diagonal. For a block of

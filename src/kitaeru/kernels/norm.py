@@ -51,10 +51,7 @@ def norm(
     if not use_triton(x):
         return norm_reference(x, delta, weight, eps, dtype, extra)
     total = x if delta is None else torch.empty_like(x)
-    rows, rstd = (
-        empty_rows(len(x), x.shape[1], extra, dtype, x),
-        torch.empty(len(x), dtype=torch.float32, device=x.device),
-    )
+    rows, rstd = _room(x, dtype, extra)
     _launch(x, delta, total, eps, weight, rows, rstd)
     return total, rows, rstd
 
@@ -75,7 +72,7 @@ def add_normed(x: Tensor | None, delta: Tensor, post: Tensor, eps: float, keep: 
     """The same in one pass over memory."""
     if not use_triton(delta):
         return add_normed_reference(x, delta, post, eps, keep)
-    normed = _room(delta, keep)
+    normed = Normed(*_room(delta, keep, plain=True))
     _launch(x, delta, x, eps, post=post, normed=normed)
     return normed
 
@@ -110,18 +107,16 @@ def sandwich(
     """The same in one pass over memory."""
     if not use_triton(x):
         return sandwich_reference(x, delta, post, keep, weight, eps, dtype, extra)
-    total, normed = torch.empty_like(x), _room(delta, keep)
-    rows, rstd = (
-        empty_rows(len(x), x.shape[1], extra, dtype, x),
-        torch.empty(len(x), dtype=torch.float32, device=x.device),
-    )
+    total, normed = torch.empty_like(x), Normed(*_room(delta, keep, plain=True))
+    rows, rstd = _room(x, dtype, extra)
     _launch(x, delta, total, eps, weight, rows, rstd, post, normed)
     return total, normed, rows, rstd
 
 
-def _room(delta: Tensor, keep: torch.dtype) -> Normed:
-    rstd = torch.empty(len(delta), dtype=torch.float32, device=delta.device)
-    return Normed(empty_rows(len(delta), delta.shape[1], 0, keep, delta, plain=True), rstd)
+def _room(like: Tensor, dtype: torch.dtype, extra: int = 0, *, plain: bool = False) -> tuple[Rows, Tensor]:
+    """For rows of the shape of `like`, and for what each was multiplied by."""
+    rows = empty_rows(len(like), like.shape[1], extra, dtype, like, plain=plain)
+    return rows, torch.empty(len(like), dtype=torch.float32, device=like.device)
 
 
 def _launch(

@@ -84,7 +84,6 @@ prmt.b32 $1, a, b, 0x7632;
 prmt.b32 $2, c, d, 0x5410;
 prmt.b32 $3, c, d, 0x7632;
 }"""
-FP8_AWAY = 2.0**120
 
 if triton is not None:
     _fp8_apart, _int8_apart = tl.constexpr(FP8_APART), tl.constexpr(INT8_APART)
