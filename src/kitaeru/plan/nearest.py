@@ -29,6 +29,8 @@ def not_legal(problem: Problem, reasons: Sequence[str]) -> PlanError:
         remedy = tr("Leave `train.cuda_graphs` out: then they are used where they can be.")
     elif recipe.train.step_in_backward:
         remedy = tr("Leave `train.step_in_backward` out: then it is done where it can be and must.")
+    elif recipe.train.arithmetic != "auto":
+        remedy = tr("Leave `train.arithmetic` out.")
     elif recipe.strategy == "single" and problem.hardware.hosts > 1:
         remedy = tr("Leave `strategy` out.")
     elif recipe.train.precision in ("bf16", "fp16"):

@@ -421,3 +421,15 @@ def test_graphs_that_do_not_fit_are_what_is_given_up_first() -> None:
     with pytest.raises(PlanError) as refused:
         plan(SMALL, H100, method="qlora", limits=limits, train={"arithmetic": "16bit", "cuda_graphs": True})
     assert "--set train.cuda_graphs=false" in str(refused.value.remedy)
+
+
+@pytest.mark.parametrize(
+    ("on", "method", "arithmetic", "words"),
+    [(A5000, "qlora", "fp8", "cannot compute so"), (H100, "full", "16bit", "Fused layers have frozen weights")],
+)
+def test_an_arithmetic_that_cannot_be_is_what_to_leave_out(
+    on: Hardware, method: str, arithmetic: str, words: str
+) -> None:
+    with pytest.raises(PlanError, match=words) as refused:
+        plan(SMALL, on, method=method, train={"arithmetic": arithmetic})
+    assert refused.value.remedy == "Leave `train.arithmetic` out."
